@@ -1,0 +1,195 @@
+"""The Seq2SeqTrainer of this project: a loss over real tokens, one generated caption per image, learning rates by part."""
+
+from __future__ import annotations
+
+import math
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch.nn import functional
+from tqdm import tqdm
+from transformers import Seq2SeqTrainer
+from transformers.trainer_callback import PrinterCallback, ProgressCallback
+
+from captioning import InputError
+from captioning.batch import IGNORED, Pixels, packed_attention_mask
+from captioning.metrics import coco_scores
+from captioning.model import Bundle, decode, is_cross_attention
+
+PARTS = ("cross_attention", "decoder", "encoder")
+
+
+def part_of(parameter: str) -> str:
+    """Which of PARTS a parameter of the captioner belongs to."""
+    if is_cross_attention(parameter):
+        return "cross_attention"
+    return parameter.split(".")[0]
+
+
+def caption_loss(
+    logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None, smoothing: float = 0.0
+) -> torch.Tensor:
+    """Cross-entropy in nats per token.
+
+    Args:
+        logits: (rows, length, vocabulary)
+        labels: (rows, length), aligned with `logits` (not shifted again); -100 counts for nothing.
+        num_items: tokens to divide by, which under gradient accumulation are those of the whole update; None: those
+            of this batch.
+        smoothing: label smoothing (https://arxiv.org/abs/1512.00567), 0 to 1.
+    """
+    reduction = "mean" if num_items is None else "sum"
+    loss = functional.cross_entropy(
+        logits.flatten(0, -2).float(),
+        labels.flatten(),
+        ignore_index=IGNORED,
+        reduction=reduction,
+        label_smoothing=smoothing,
+    )
+    return loss if num_items is None else loss / num_items
+
+
+class CaptionTrainer(Seq2SeqTrainer):
+    """Trains and scores a captioner on the batches of `captioning.batch.Collator`.
+
+    Args:
+        bundle: the model with its tokenizer and image processor.
+        references: every evaluated image's captions, by image id.
+        learning_rates: one for each of PARTS; `args.learning_rate` where a part has none.
+        kwargs: those of `Seq2SeqTrainer`.
+    """
+
+    def __init__(
+        self, bundle: Bundle, references: Mapping[int, list[str]], learning_rates: Mapping[str, float], **kwargs
+    ):
+        args = kwargs["args"]
+        super().__init__(
+            model=bundle.model,
+            processing_class=bundle.tokenizer,
+            compute_metrics=self._score,
+            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: caption_loss(
+                outputs.logits, labels, num_items_in_batch, args.label_smoothing_factor
+            ),
+            **kwargs,
+        )
+        # The model's own forward takes any keyword, which the Trainer reads as "computes its own scaled loss".
+        self.model_accepts_loss_kwargs = False
+        self.bundle = bundle
+        self.references = references
+        self.learning_rates = {part: learning_rates.get(part, args.learning_rate) for part in PARTS}
+        self.pixels = Pixels(bundle.image_processor)
+        self.predictions: dict[int, str] = {}  # of the last evaluation
+        for theirs in (ProgressCallback, PrinterCallback):  # they print dicts on stdout, which is for results
+            self.remove_callback(theirs)
+        self.add_callback(Progress)
+
+    # ---- batches
+
+    def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """Move a batch to the device and turn it into what the model's forward takes."""
+        inputs = super()._prepare_inputs(inputs)
+        inputs.pop("image_id", None)
+        inputs.pop("image_of_row", None)
+        inputs["pixel_values"] = self.pixels.normalise(inputs["pixel_values"])
+        if "segment_ids" in inputs:
+            mask = packed_attention_mask(inputs.pop("segment_ids"))
+            if self.bundle.model.decoder.config._attn_implementation == "eager":
+                # Eager attention adds its mask to the scores.
+                mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+            inputs["decoder_attention_mask"] = mask
+        inputs["use_cache"] = False
+        return inputs
+
+    # ---- learning rates
+
+    def create_optimizer(self, model=None) -> torch.optim.Optimizer:
+        """The Trainer's optimiser, its parameter groups divided by part, each with its own learning rate."""
+        if self.optimizer is not None:
+            return super().create_optimizer(model)
+        optimizer = super().create_optimizer(model)
+        parts = {id(parameter): part_of(name) for name, parameter in self.model.named_parameters()}
+        groups = []
+        for part in PARTS:
+            for group in optimizer.param_groups:
+                parameters = [parameter for parameter in group["params"] if parts[id(parameter)] == part]
+                if parameters:
+                    groups.append({**group, "params": parameters, "lr": self.learning_rates[part]})
+        optimizer.param_groups = groups
+        return optimizer
+
+    # ---- evaluation
+
+    def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None, **generation):
+        """Caption each image of the batch once, and measure the loss on its references.
+
+        Returns:
+            (None, (token ids (images, length), summed loss (images,), number of tokens (images,)), ids (images,)).
+            Sums, not means, so that the loss of a split does not depend on how it was cut into batches.
+        """
+        image_id = inputs["image_id"].to(self.args.device)
+        image_of_row = inputs["image_of_row"].to(self.args.device)
+        inputs = self._prepare_inputs(inputs)
+        labels = inputs.pop("labels")
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits = model(**inputs).logits
+            losses = functional.cross_entropy(
+                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
+            ).view(labels.shape)
+        zeros = torch.zeros(len(image_id), device=losses.device)
+        summed = zeros.index_add(0, image_of_row, losses.sum(1))
+        counted = zeros.index_add(0, image_of_row, (labels != IGNORED).sum(1).to(zeros.dtype))
+
+        first_row_of_image = torch.searchsorted(image_of_row, torch.arange(len(image_id), device=image_of_row.device))
+        with torch.inference_mode():
+            tokens = self.model.generate(
+                pixel_values=inputs["pixel_values"][first_row_of_image], **{**self._generation_settings(), **generation}
+            )
+        return None, (tokens.clone(), summed, counted), image_id
+
+    def _generation_settings(self) -> dict[str, Any]:
+        settings = {"num_beams": self.args.generation_num_beams, "max_length": self.args.generation_max_length}
+        return {name: value for name, value in settings.items() if value is not None}
+
+    def _score(self, evaluation) -> dict[str, float]:
+        """Scores of an evaluated split; every image counts once, however many processes took part."""
+        tokens, summed, counted = evaluation.predictions
+        tokens[tokens == IGNORED] = self.bundle.tokenizer.pad_token_id
+        captions = decode(self.bundle.tokenizer, tokens)
+        ids = evaluation.label_ids.tolist()
+        self.predictions = dict(zip(ids, captions, strict=True))
+        if len(self.predictions) != len(ids):
+            raise RuntimeError(f"{len(ids) - len(self.predictions)} images were scored twice")
+        scores = coco_scores(self.predictions, {image_id: self.references[image_id] for image_id in ids})
+        return {"loss": float(summed.sum() / counted.sum()), **scores}
+
+
+class Progress(ProgressCallback):
+    """One progress bar for training, one line for each evaluation, both on stderr."""
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            self.training_bar.set_description("training")
+            self.training_bar.update(state.global_step)  # what a resumed run has behind it
+            self.training_bar.initial = state.global_step
+        self.current_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        if "loss" in logs:
+            if not math.isfinite(logs["loss"]):
+                raise InputError(
+                    f"the loss became {logs['loss']} at step {state.global_step}; lower --learning_rate, "
+                    "or train without --fp16"
+                )
+            if self.training_bar is not None:
+                self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+        if "eval_loss" in logs:
+            scores = "  ".join(f"{name} {logs['eval_' + key]:.3f}" for key, name in SHOWN if "eval_" + key in logs)
+            tqdm.write(f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}", file=sys.stderr)
+
+
+SHOWN = (("bleu_1", "BLEU-1"), ("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider_d", "CIDEr-D"))

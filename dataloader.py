@@ -1,0 +1,464 @@
+"""Stage 1: COCO 2014 -> RGB images only -> subsample -> a tokenised Hugging Face dataset on disk.
+
+    python dataloader.py --limit_data 2000                         # fetches what it needs of COCO 2014
+    python dataloader.py --coco_dir /data/coco2014                 # a COCO 2014 you have
+    python dataloader.py --karpathy_json dataset_coco.json --image_dir /data/coco2014 --limit_data 0
+    python dataloader.py --sample --encoder tiny --decoder tiny    # drawn scenes, no network
+
+Writes one row per image (`image_id`, `file_name`, `image`, `captions`, `labels`) in the splits train, validation and
+test, with the tokenizer, the image processor and `dataset.json`, which says how the folder was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import functools
+import io
+import itertools
+import json
+import multiprocessing
+import os
+import random
+import shutil
+import statistics
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, field
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from captioning import InputError, cli, coco, images, sample
+
+SPLITS = ("train", "validation", "test")
+DESCRIPTION = "dataset.json"
+JPEG_QUALITY = 85  # 25 kB for a photograph of 256 x 341
+
+
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Prepare COCO 2014 for captioning: RGB images only, subsampled, tokenised.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
+    )
+    source = parser.add_argument_group("where the images come from (default: COCO 2014 is fetched)")
+    source.add_argument("--coco_dir", type=Path, help="a COCO 2014 root: annotations/, train2014/, val2014/")
+    source.add_argument("--karpathy_json", type=Path, help="a Karpathy file (dataset_coco.json, dataset_flickr8k.json)")
+    source.add_argument("--image_dir", type=Path, help="the images of --karpathy_json")
+    source.add_argument("--sample", action="store_true", help="draw a small data set instead; needs no network")
+    source.add_argument("--coco_url", default=coco.COCO_URL, help="the server that COCO 2014 is fetched from")
+    source.add_argument(
+        "--cache_dir", type=Path, default=Path("~/.cache/captioning/coco2014"), help="keeps what was fetched"
+    )
+
+    choice = parser.add_argument_group("which images")
+    choice.add_argument("--limit_data", type=int, default=2000, metavar="N", help="images in all; 0: every image")
+    choice.add_argument("--val_share", type=float, default=0.1, help="share of the images for validation")
+    choice.add_argument("--test_share", type=float, default=0.1, help="share of the images for test")
+    choice.add_argument("--seed", type=int, default=0, help="decides which images are chosen")
+
+    form = parser.add_argument_group("how they are stored")
+    form.add_argument("--save_path", type=Path, default=Path("processed_data"), help="the folder to write")
+    form.add_argument(
+        "--encoder",
+        default="google/vit-base-patch16-224-in21k",
+        help="decides the image size: a hub id, a folder, or a preset (tiny, small, base)",
+    )
+    form.add_argument(
+        "--decoder",
+        default="gpt2",
+        help="decides the tokenizer: a hub id, a folder, or a preset, which learns one from the training captions",
+    )
+    form.add_argument("--max_length", type=int, default=64, metavar="TOKENS", help="longest caption, its end included")
+    form.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes that prepare images")
+    form.add_argument("--debug", action="store_true", help=cli.DEBUG_HELP)
+    args = parser.parse_args(argv)
+
+    if args.limit_data < 0:
+        parser.error(f"--limit_data {args.limit_data} is negative; give a number of images, or 0 for every image")
+    for name in ("val_share", "test_share"):
+        if not 0 < getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is not between 0 and 1")
+    if args.val_share + args.test_share >= 1:
+        parser.error(f"--val_share {args.val_share} and --test_share {args.test_share} leave no images to train on")
+    if args.max_length < 2:
+        parser.error(f"--max_length {args.max_length} leaves no room for a word and the end token; give 2 or more")
+    if args.num_proc < 1:
+        parser.error(f"--num_proc {args.num_proc} is no number of processes; give 1 or more")
+    if (args.karpathy_json is None) != (args.image_dir is None):
+        parser.error("--karpathy_json and --image_dir belong together; give both")
+    if sum((args.coco_dir is not None, args.karpathy_json is not None, args.sample)) > 1:
+        parser.error("--coco_dir, --karpathy_json and --sample exclude each other; give one")
+    return args
+
+
+# ---- which images
+
+
+@dataclass
+class Draw:
+    """A split, how many images it still wants, and the pools that it takes them from, in order."""
+
+    split: str
+    wanted: int
+    pools: list[str]
+
+
+def plan(pools: dict[str, list[coco.Record]], args: argparse.Namespace) -> list[Draw]:
+    """How many images each split takes from which pool. Later draws take what earlier ones left."""
+    total = sum(map(len, pools.values()))
+    limit = min(args.limit_data or total, total)
+    validation, test = (max(1, round(limit * share)) for share in (args.val_share, args.test_share))
+    if "val2014" in pools:
+        available = len(pools["val2014"])
+        if validation + test > available:
+            validation = max(1, available * validation // (validation + test))
+            test = available - validation
+            cli.note(f"val2014 holds {available:,} images only: validation gets {validation:,}, test {test:,}")
+        return [
+            Draw("validation", validation, ["val2014"]),
+            Draw("test", test, ["val2014"]),
+            Draw("train", limit - validation - test, ["train2014", "val2014"]),
+        ]
+    if limit == total:  # the file's own splits, whole, as papers use them
+        return [Draw(split, len(pools[split]), [split]) for split in SPLITS]
+    validation, test = min(validation, len(pools["validation"])), min(test, len(pools["test"]))
+    train = min(limit - validation - test, len(pools["train"]))
+    test = min(limit - validation - train, len(pools["test"]))
+    return [
+        Draw("validation", limit - train - test, ["validation"]),
+        Draw("test", test, ["test"]),
+        Draw("train", train, ["train"]),
+    ]
+
+
+@dataclass
+class Prepared:
+    """A chosen image as it will be stored: encoded bytes, or the reason why it was dropped."""
+
+    data: bytes = b""
+    dropped: str = ""
+
+
+def prepare_image(record: coco.Record, short_side: int) -> Prepared:
+    """Read, check, resize and encode one image; runs in a worker process.
+
+    The shorter side becomes `short_side` pixels where it is longer.
+    """
+    if not any(caption.strip() for caption in record.captions):
+        return Prepared(dropped="no caption")
+    try:
+        if record.path.is_file() or not record.url:
+            data = images.read_bytes(record.path)
+        else:
+            data = images.read_bytes(record.url)
+            coco.write_whole(record.path, data)
+        picture = images.decode(data, str(record.path), min_side=short_side)
+    except InputError:
+        missing = not record.path.is_file()
+        return Prepared(dropped=("not fetched" if record.url else "missing") if missing else "unreadable")
+    if picture.mode != "RGB":
+        return Prepared(dropped=f"mode {picture.mode}")
+    shorter = min(picture.size)
+    # Metadata is left behind, for it may turn the image when it is opened.
+    as_it_is = shorter <= short_side and data.startswith(b"\xff\xd8\xff") and b"Exif\0\0" not in data
+    if shorter > short_side:
+        size = tuple(max(short_side, round(side * short_side / shorter)) for side in picture.size)
+        picture = picture.resize(size, Image.Resampling.BICUBIC)
+    encoded = io.BytesIO()
+    picture.save(encoded, "JPEG", quality=JPEG_QUALITY)
+    return Prepared(min(data, encoded.getvalue(), key=len) if as_it_is else encoded.getvalue())
+
+
+@dataclass
+class Chosen:
+    """What the selection found out, for the summary and `dataset.json`."""
+
+    dropped: Counter = field(default_factory=Counter)
+    examples: dict[str, str] = field(default_factory=dict)  # reason -> first file
+    splits: dict[str, list[coco.Record]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+
+
+def choose(
+    pools: dict[str, list[coco.Record]],
+    draws: list[Draw],
+    work: Callable[[coco.Record], Prepared],
+    args: argparse.Namespace,
+    keep: Callable[[str, coco.Record, bytes], None],
+) -> Chosen:
+    """Go through the pools in seeded order until every draw has its images; `keep` receives each one.
+
+    Results are taken in that order, whatever the number of processes, and so the data set is the same.
+    """
+    from tqdm import tqdm
+
+    chosen = Chosen()
+    streams = {}
+    for name, records in pools.items():
+        shuffled = list(records)
+        random.Random(f"{args.seed} {name}").shuffle(shuffled)
+        streams[name] = iter(shuffled)
+
+    def take(draw: Draw) -> None:
+        for pool in draw.pools:
+            # No more records than are still wanted, so that nothing is read (or fetched) for naught; and no more
+            # than a thousand, which bounds the memory.
+            while batch := list(itertools.islice(streams[pool], min(draw.wanted, 1024))):
+                for record, image in zip(batch, prepare(batch), strict=True):
+                    if image.dropped:
+                        chosen.dropped[image.dropped] += 1
+                        chosen.examples.setdefault(image.dropped, record.file_name)
+                        continue
+                    keep(draw.split, record, image.data)
+                    chosen.splits[draw.split].append(record)
+                    draw.wanted -= 1
+                    bar.update()
+
+    with contextlib.ExitStack() as stack:
+        if args.num_proc > 1:
+            # spawn: a fork of a process whose libraries run threads can hang.
+            context = multiprocessing.get_context("spawn")
+            executor = stack.enter_context(ProcessPoolExecutor(args.num_proc, mp_context=context))
+            prepare = functools.partial(executor.map, work, chunksize=8)
+        else:
+            prepare = functools.partial(map, work)
+        total = sum(draw.wanted for draw in draws)
+        bar = stack.enter_context(tqdm(total=total, unit="image", desc="images", file=sys.stderr))
+        for draw in draws:
+            take(draw)
+        # Images dropped from a pool that has run dry are replaced from whatever another still holds.
+        short = sum(draw.wanted for draw in draws)
+        for draw in sorted(draws, key=lambda draw: draw.split != "train"):
+            draw.wanted = short
+            take(draw)
+            short = draw.wanted
+    return chosen
+
+
+# ---- writing the folder
+
+
+class SplitWriter:
+    """Spools the rows of each split to an Arrow file: memory does not grow with the number of images."""
+
+    def __init__(self, folder: Path):
+        from datasets import Features, List, Value
+        from datasets import Image as ImageFeature
+        from datasets.arrow_writer import ArrowWriter
+
+        self.folder = folder
+        features = Features(
+            {
+                "image_id": Value("int64"),
+                "file_name": Value("string"),
+                "image": ImageFeature(),
+                "captions": List(Value("string")),
+            }
+        )
+        self.writers = {
+            split: ArrowWriter(features=features, path=str(folder / f"{split}.arrow"), writer_batch_size=256)
+            for split in SPLITS
+        }
+
+    def keep(self, split: str, record: coco.Record, data: bytes) -> None:
+        self.writers[split].write(
+            {
+                "image_id": record.image_id,
+                "file_name": record.file_name,
+                "image": {"bytes": data, "path": None},
+                "captions": [caption for caption in record.captions if caption.strip()],
+            }
+        )
+
+    def finish(self):
+        """The three splits, memory-mapped."""
+        from datasets import Dataset, DatasetDict
+
+        for writer in self.writers.values():
+            writer.finalize()
+        return DatasetDict({split: Dataset.from_file(str(self.folder / f"{split}.arrow")) for split in SPLITS})
+
+
+def tokenise(splits, tokenizer, max_length: int) -> tuple[Any, int]:
+    """Add the column `labels`; returns the splits and how many captions were truncated."""
+    from datasets import DatasetDict, Features, List, Value
+
+    from captioning.batch import encode_captions
+
+    truncated, tokenised = 0, {}
+    for split, rows in splits.items():
+        labels = []
+        for captions in rows["captions"]:
+            ids, cut = encode_captions(tokenizer, captions, max_length)
+            labels.append(ids)
+            truncated += cut
+        rows = rows.add_column("labels", labels, feature=List(List(Value("int32"))))
+        rows = rows.cast(Features({**rows.features, "labels": List(List(Value("int32")))}))
+        # The same arguments give the same bytes; a fingerprint drawn from object ids would not.
+        rows._fingerprint = split
+        tokenised[split] = rows
+    return DatasetDict(tokenised), truncated
+
+
+def summarise(splits, chosen: Chosen, truncated: int, args: argparse.Namespace, folder: Path) -> str:
+    """What a user wants to know of a data set before training on it."""
+    lines = []
+    counts, lengths = [], []
+    for split, rows in splits.items():
+        per_image = [len(captions) for captions in rows["captions"]]
+        lines.append(f"{split:>12}  {len(rows):>7,} images  {sum(per_image):>8,} captions")
+        counts += per_image
+        lengths += [len(caption) for captions in rows["labels"] for caption in captions]
+    total = len(counts)
+    wanted = f"{args.limit_data:,} were asked for" if args.limit_data > total else ""
+    lines.append(f"{'in all':>12}  {total:>7,} images" + (f": all there are ({wanted})" if wanted else ""))
+    spread = ", ".join(f"{number}: {images:,}" for number, images in sorted(Counter(counts).items()))
+    lines.append(f"captions per image (captions: images): {spread}")
+    lengths.sort()
+    lines.append(
+        f"tokens per caption, end included: median {statistics.median(lengths):.0f}, "
+        f"99 % have {lengths[int(0.99 * (len(lengths) - 1))]} or fewer, longest {lengths[-1]}; "
+        f"{truncated:,} captions truncated to {args.max_length}"
+    )
+    if chosen.dropped:
+        reasons = ", ".join(
+            f"{count:,} {reason} (such as {cli.printable(chosen.examples[reason])})"
+            for reason, count in sorted(chosen.dropped.items())
+        )
+        lines.append(f"dropped: {reasons}")
+    else:
+        lines.append("dropped: nothing")
+    size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+    lines.append(f"size: {size / 1e6:,.1f} MB, {size / 1e3 / total:,.1f} kB per image")
+    first = splits["train"].select_columns(["file_name", "captions", "labels"])[0]
+    lines.append(f"example: {cli.printable(first['file_name'])}")
+    lines += [f"    {cli.printable(caption)}" for caption in first["captions"]]
+    lines.append(f"    labels of the first: {first['labels'][0]}")
+    return "\n".join(lines)
+
+
+def describe(splits, chosen: Chosen, truncated: int, args: argparse.Namespace, source: str) -> dict[str, Any]:
+    """The content of `dataset.json`. No dates and no paths of this machine: the same arguments, the same bytes."""
+    return {
+        "source": source,
+        "images": {split: len(rows) for split, rows in splits.items()},
+        "limit_data": args.limit_data,
+        "val_share": args.val_share,
+        "test_share": args.test_share,
+        "seed": args.seed,
+        "encoder": args.encoder,
+        "decoder": args.decoder,
+        "max_length": args.max_length,
+        "captions_truncated": truncated,
+        "dropped": dict(sorted(chosen.dropped.items())),
+        "versions": {name: version(name) for name in ("datasets", "pillow", "tokenizers", "transformers")},
+    }
+
+
+def move_into_place(work: Path, target: Path) -> None:
+    """Swap a finished folder for the one at `target`, which is ours or empty; hidden files there are kept."""
+    old = work.with_name(work.name + ".old")
+    if target.exists():
+        for hidden in target.glob(".*"):
+            if hidden.is_file():
+                shutil.copy2(hidden, work / hidden.name)
+        target.rename(old)
+    work.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def check_target(target: Path) -> None:
+    """Refuse to replace a folder that this script did not write."""
+    if target.exists() and not target.is_dir():
+        raise InputError(f"--save_path '{target}' is a file; name a folder")
+    if target.is_dir() and not (target / DESCRIPTION).is_file():
+        others = [entry.name for entry in target.iterdir() if not entry.name.startswith(".")]
+        if others:
+            raise InputError(
+                f"--save_path '{target}' holds other files ({others[0]}); name a new folder, or one made by this script"
+            )
+
+
+def read_source(args: argparse.Namespace, work: Path) -> tuple[dict[str, list[coco.Record]], str]:
+    """The records to choose from, by pool, and a name for where they come from."""
+    if args.sample:
+        karpathy = sample.draw(work / "sample")
+        return coco.read_karpathy(karpathy, karpathy.parent), "drawn scenes"
+    if args.karpathy_json:
+        return coco.read_karpathy(args.karpathy_json, args.image_dir), f"Karpathy file {args.karpathy_json.name}"
+    if args.coco_dir:
+        return coco.read_coco(args.coco_dir), "COCO 2014 from a folder"
+    url = args.coco_url.rstrip("/")
+    cache = coco.fetch_annotations(args.cache_dir.expanduser(), url)
+    return coco.read_coco(cache, url), "COCO 2014"
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = parse_arguments(argv)
+    check_target(args.save_path)
+    args.save_path.parent.mkdir(parents=True, exist_ok=True)
+    work = Path(tempfile.mkdtemp(prefix=f".{args.save_path.name}.", dir=args.save_path.parent))
+    try:
+        pools, source = read_source(args, work)
+        draws = plan(pools, args)
+        cli.note(f"{source}: {sum(map(len, pools.values())):,} images to choose from")
+
+        from datasets.utils.logging import disable_progress_bar
+
+        from captioning import model
+
+        disable_progress_bar()
+        model.quiet_transformers()
+        image_processor = model.load_image_processor(args.encoder)
+        tokenizer = None if args.decoder in model.DECODER_PRESETS else model.load_tokenizer(args.decoder)
+        # Room for a random crop: 256 pixels for a model that sees 224.
+        short_side = max(model.resized_side(image_processor), round(model.input_side(image_processor) * 8 / 7))
+        cli.note(f"images are stored with a shorter side of {short_side} px at most, for {args.encoder}")
+
+        spool = work / ".spool"
+        spool.mkdir()
+        writer = SplitWriter(spool)
+        prepare = functools.partial(prepare_image, short_side=short_side)
+        chosen = choose(pools, draws, prepare, args, writer.keep)
+        refuse_empty(chosen)
+        if tokenizer is None:
+            captions = (caption for record in chosen.splits["train"] for caption in record.captions)
+            tokenizer = model.train_tokenizer(captions, model.VOCABULARY[args.decoder])
+        cli.note(f"tokenizer: {len(tokenizer):,} tokens, {args.decoder}")
+
+        splits, truncated = tokenise(writer.finish(), tokenizer, args.max_length)
+        splits.save_to_disk(work, max_shard_size="500MB")
+        tokenizer.save_pretrained(work)
+        image_processor.save_pretrained(work)
+        description = describe(splits, chosen, truncated, args, source)
+        (work / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+        shutil.rmtree(spool)  # still mapped: its rows stay readable until `splits` is gone
+        summary = summarise(splits, chosen, truncated, args, work)
+        del splits
+        work.chmod(0o755)
+        move_into_place(work, args.save_path)
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+    print(summary)
+    cli.note(f"written to {args.save_path}; next: python train.py --data_path {args.save_path}")
+    return 0
+
+
+def refuse_empty(chosen: Chosen) -> None:
+    for split, records in chosen.splits.items():
+        if not records:
+            reasons = ", ".join(f"{count:,} {reason}" for reason, count in sorted(chosen.dropped.items()))
+            raise InputError(
+                f"no usable image for {split} (dropped: {reasons or 'nothing'}); "
+                "check that the images lie where the annotations say, or give more of them"
+            )
+
+
+if __name__ == "__main__":
+    cli.run(main)

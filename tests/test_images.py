@@ -1,0 +1,936 @@
+"""Opening images: modes, formats, damage, bombs, and servers that misbehave."""
+
+import gzip
+import io
+import json
+import os
+import random
+import socket
+import struct
+import subprocess
+import sys
+import threading
+import time
+import warnings
+import zlib
+from pathlib import Path
+
+import pytest
+from httpserver import (
+    Server,
+    body,
+    chunked,
+    drip,
+    drip_headers,
+    endless,
+    in_turn,
+    raw,
+    redirect,
+    short,
+    silence,
+    stall,
+    status,
+    unsized,
+)
+from PIL import Image, ImageChops, ImageDraw, ImageFile, ImageStat
+
+from captioning import InputError, images
+from captioning.images import decode, image_mode, open_image, read_bytes, to_rgb
+
+FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
+
+
+def drawing(mode: str = "RGB", size: tuple[int, int] = (96, 64)) -> Image.Image:
+    """A picture with no symmetry: every orientation of it differs from the others."""
+    image = Image.new("RGB", size, (250, 240, 220))
+    draw = ImageDraw.Draw(image)
+    width, height = size
+    draw.rectangle((0, 0, width // 3, height // 4), fill=(200, 30, 30))
+    draw.ellipse((width // 2, height // 3, width - 1, height - 1), fill=(30, 60, 200))
+    draw.line((0, height, width // 2, height // 2), fill=(20, 140, 40), width=max(1, height // 10))
+    return image.convert(mode)
+
+
+def encoded(image: Image.Image, kind: str = "PNG", **options) -> bytes:
+    file = io.BytesIO()
+    image.save(file, kind, **options)
+    return file.getvalue()
+
+
+def assert_near(one: Image.Image, other: Image.Image, tolerance: float) -> None:
+    """Same size and mode, and the mean difference of every channel at most `tolerance` of 255."""
+    assert (one.size, one.mode) == (other.size, other.mode)
+    assert max(ImageStat.Stat(ImageChops.difference(one, other)).mean) <= tolerance
+
+
+def refusal(call, *args, **options) -> str:
+    """The message of the InputError that the call must raise, and nothing but one line of it."""
+    with pytest.raises(InputError) as caught:
+        call(*args, **options)
+    message = str(caught.value)
+    assert message.isprintable(), message
+    assert "; " in message, f"names no remedy: {message}"
+    return message
+
+
+# Modes and formats
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_format_opens_as_rgb(kind, tmp_path):
+    path = tmp_path / "picture"  # the name's ending says nothing
+    path.write_bytes(encoded(drawing(), kind))
+    image = open_image(path)
+    assert_near(image, drawing(), {"JPEG": 8, "WEBP": 8, "GIF": 3}.get(kind, 0))
+    assert_near(image, open_image(str(path)), 0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "mode"),
+    [(kind, "RGB") for kind in ("JPEG", "PNG", "WEBP", "BMP")]
+    + [("JPEG", "L"), ("JPEG", "CMYK"), ("PNG", "L"), ("PNG", "LA"), ("PNG", "P"), ("PNG", "1")]
+    + [("PNG", "RGBA"), ("PNG", "I;16"), ("WEBP", "RGBA"), ("GIF", "P"), ("BMP", "1"), ("BMP", "L")],
+)
+def test_decode_keeps_the_mode(kind, mode):
+    data = encoded(drawing("L").convert(mode) if mode in ("1", "I;16") else drawing(mode), kind)
+    if (kind, mode) == ("WEBP", "RGBA"):  # an opaque one is stored without alpha
+        data = encoded(Image.new("RGBA", (9, 9), (1, 2, 3, 4)), kind)
+    assert image_mode(data, "x") == decode(data, "x").mode == mode
+    assert open_image_bytes(data).mode == "RGB"
+
+
+def open_image_bytes(data: bytes) -> Image.Image:
+    return to_rgb(decode(data, "x"), "x")
+
+
+def test_rgb_is_returned_as_it_is():
+    image = drawing()
+    assert to_rgb(image) is image
+
+
+@pytest.mark.parametrize("mode", ["L", "1", "P", "RGBX", "YCbCr", "HSV"])
+def test_opaque_modes_convert_as_pil_does(mode):
+    assert_near(to_rgb(drawing(mode)), drawing(mode).convert("RGB"), 0)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA", "PA", "P"])
+def test_transparency_goes_over_white(mode):
+    image = Image.new("RGBA", (40, 2_000_000 // 40), (0, 0, 0, 255))  # of more than one strip
+    half = (0, 0, 20, image.height)
+    image.paste((0, 0, 0, 0), half)
+    image = image.convert("LA" if mode == "LA" else mode)
+    rgb = to_rgb(image)
+    assert rgb.mode == "RGB"
+    assert rgb.crop(half).getcolors() == [(half[2] * half[3], (255, 255, 255))]
+    assert rgb.getpixel((30, image.height - 1)) == (0, 0, 0)
+
+
+def test_half_transparency_is_half_white():
+    assert to_rgb(Image.new("RGBA", (1, 1), (255, 0, 0, 128))).getpixel((0, 0)) == (255, 127, 127)
+    assert to_rgb(Image.new("LA", (1, 1), (0, 128))).getpixel((0, 0)) == (127, 127, 127)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "GIF"])
+def test_palette_with_transparency(kind):
+    image = Image.new("P", (8, 8), 1)
+    image.putpalette([255, 0, 0, 0, 255, 0])
+    image.paste(0, (0, 0, 4, 8))
+    data = encoded(image, kind, transparency=0)
+    assert image_mode(data, "x") == "P"
+    assert open_image_bytes(data).getpixel((0, 0)) == (255, 255, 255)
+    assert open_image_bytes(data).getpixel((7, 0)) == (0, 255, 0)
+
+
+def test_palette_with_partial_transparency():
+    image = Image.new("P", (2, 1))
+    image.putpalette([0, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    rgb = open_image_bytes(encoded(image, "PNG", transparency=bytes([128, 255])))
+    assert [rgb.getpixel((0, 0)), rgb.getpixel((1, 0))] == [(127, 127, 127), (0, 0, 255)]
+
+
+@pytest.mark.parametrize(("mode", "key"), [("L", 7), ("RGB", (7, 7, 7)), ("1", 0)])
+def test_transparent_colour_of_an_opaque_mode(mode, key):
+    image = Image.new(mode, (4, 4), key)
+    assert open_image_bytes(encoded(image, "PNG", transparency=key)).getpixel((0, 0)) == (255, 255, 255)
+
+
+def test_cmyk_jpeg_is_not_inverted():
+    # PIL writes CMYK JPEGs as Adobe does, inverted and marked so.
+    data = encoded(drawing("CMYK"), "JPEG", quality=95)
+    assert b"Adobe" in data
+    assert_near(open_image_bytes(data), drawing(), 3)
+    assert_near(to_rgb(drawing("CMYK")), drawing(), 0)
+
+
+def test_sixteen_bit_grey_keeps_its_tones():
+    ramp = Image.linear_gradient("L")
+    deep = Image.new("I;16", ramp.size)
+    deep.putdata([257 * value for value in ramp.get_flattened_data()])
+    data = encoded(deep)
+    assert data[24] == 16, "not a 16-bit PNG"
+    assert_near(open_image_bytes(data), ramp.convert("RGB"), 0)
+    assert_near(to_rgb(deep.convert("I")), ramp.convert("RGB"), 0)
+    assert open_image_bytes(encoded(Image.new("I;16", (3, 3), 65_535))).getpixel((0, 0)) == (255,) * 3
+    assert open_image_bytes(encoded(Image.new("I;16", (3, 3), 200))).getpixel((0, 0)) == (1,) * 3
+
+
+@pytest.mark.parametrize("mode", ["I", "F"])
+def test_wide_greys_with_eight_bit_values_are_kept(mode):
+    ramp = Image.linear_gradient("L")
+    assert_near(to_rgb(ramp.convert(mode)), ramp.convert("RGB"), 0)
+
+
+def test_wide_greys_of_other_ranges_are_stretched():
+    ramp = Image.linear_gradient("L").convert("F")
+    wanted = Image.linear_gradient("L").convert("RGB")
+    assert_near(to_rgb(ramp.point(lambda value: value * (1 / 255) + 0)), wanted, 0)
+    assert_near(to_rgb(ramp.point(lambda value: value * 1000 - 5000)), wanted, 0)
+    assert to_rgb(Image.new("F", (2, 2), -3.0)).getpixel((0, 0)) == (0, 0, 0)
+    to_rgb(Image.new("F", (2, 2), float("nan")))
+    to_rgb(Image.new("F", (2, 2), float("inf")))
+
+
+def test_a_mode_that_cannot_be_rgb_is_refused():
+    assert "'odd'" in refusal(to_rgb, Image.new("La", (2, 2)), "odd")
+
+
+# EXIF, frames, drafts
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(kind, orientation):
+    undo = images._UPRIGHT.get(orientation)
+    turns = {Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270}
+    turns |= {back: there for there, back in turns.items()}
+    stored = drawing() if undo is None else drawing().transpose(turns.get(undo, undo))
+    exif = Image.Exif()
+    exif[0x010F], exif[0x0112], exif[0x0131] = "maker", orientation, "software"
+    options = (
+        {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
+    )
+    image = decode(encoded(stored, kind, exif=exif, **options), "x")
+    assert_near(image, drawing(), 4 if kind == "JPEG" else 0)
+
+
+def test_exif_orientation_of_both_byte_orders_and_of_nonsense():
+    for order, start in (("<", b"II*\0"), (">", b"MM\0*")):
+        entry = struct.pack(order + "HHIHH", 0x0112, 3, 1, 6, 0)
+        block = b"Exif\0\0" + start + struct.pack(order + "IH", 8, 1) + entry
+        assert images._orientation(block) == images._orientation(block[6:]) == 6
+        assert images._orientation(block[:-5]) == 1
+        assert images._orientation(start + struct.pack(order + "I", 0xFFFFFFFF)) == 1
+    for junk in (b"", b"Exif\0\0", b"II*\0", b"MM\0*\0\0\0\x08\xff\xff", bytes(40)):
+        assert images._orientation(junk) == 1
+    exif = Image.Exif()
+    exif[0x0112] = 200
+    assert_near(open_image_bytes(encoded(drawing(), exif=exif)), drawing(), 0)
+
+
+def test_two_pictures_in_one_jpeg_give_the_first():
+    data = encoded(drawing(), "MPO", save_all=True, append_images=[Image.new("RGB", (96, 64))])
+    assert_near(open_image_bytes(data), drawing(), 8)
+
+
+@pytest.mark.parametrize("kind", ["GIF", "WEBP", "PNG"])
+def test_an_animation_gives_its_first_frame(kind):
+    others = [Image.new("RGB", (96, 64), colour) for colour in ("red", "black")]
+    data = encoded(drawing(), kind, save_all=True, append_images=others, duration=100)
+    image = decode(data, "x")
+    assert_near(to_rgb(image), drawing(), 5)
+    assert not getattr(image, "is_animated", False)
+
+
+@pytest.mark.parametrize("mode", ["RGB", "L", "CMYK"])
+@pytest.mark.parametrize("min_side", [1, 33, 100, 224, 399, 400, 401, 5000])
+def test_draft_is_cheaper_and_close(mode, min_side):
+    data = encoded(drawing(mode, (900, 800)), "JPEG", quality=95)
+    full, draft = decode(data, "x"), decode(data, "x", min_side=min_side)
+    assert draft.mode == mode
+    assert min(draft.size) >= min(min_side, 800)
+    if min_side <= 100:
+        assert draft.size in ((113, 100), (225, 200))
+    if min_side > 400:
+        assert draft.size == full.size
+    assert_near(draft, full.resize(draft.size, Image.Resampling.BOX), 3)
+
+
+def test_draft_of_a_turned_or_progressive_jpeg():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    data = encoded(drawing(size=(900, 800)), "JPEG", exif=exif, progressive=True)
+    draft = decode(data, "x", min_side=200)
+    assert draft.size == (200, 225)
+    assert_near(draft, decode(data, "x").resize(draft.size, Image.Resampling.BOX), 3)
+
+
+def test_min_side_leaves_other_formats_alone():
+    assert decode(encoded(drawing()), "x", min_side=8).size == (96, 64)
+
+
+def test_nothing_is_kept_but_pixels_and_transparency():
+    exif = Image.Exif()
+    exif[0x0131] = "software"
+    image = decode(encoded(drawing("P"), "PNG", exif=exif, icc_profile=b"x" * 200, transparency=3), "x")
+    assert image.info == {"transparency": 3}
+    assert type(image) is Image.Image
+
+
+# Files that are no images
+
+
+def test_a_missing_file(tmp_path):
+    message = refusal(open_image, tmp_path / "no.jpg")
+    assert message == f"cannot read '{tmp_path / 'no.jpg'}': no such file; check the path"
+    (tmp_path / "file").write_bytes(b"x")
+    assert "no such file" in refusal(open_image, tmp_path / "file" / "x.jpg")
+
+
+def test_a_folder_an_empty_file_a_page_and_a_text(tmp_path):
+    assert "a folder" in refusal(open_image, tmp_path)
+    path = tmp_path / "x.jpg"
+    for content, words in [
+        (b"", "is empty"),
+        (b"\n<!DOCTYPE html><html>not found</html>", "web page"),
+        (b"\xef\xbb\xbf<html>", "web page"),
+        (b"hello", "not a JPEG, PNG"),
+        (b"\x49\x49\x2a\x00" + bytes(40), "not a JPEG, PNG"),  # TIFF
+        (b"%PDF-1.4", "not a JPEG, PNG"),
+        (b"\xff\xd8\xff", "damaged or cut short"),
+        (b"\xff\xd8\xff\xd9", "damaged or cut short"),
+    ]:
+        path.write_bytes(content)
+        assert words in refusal(open_image, path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no FIFOs here")
+def test_a_fifo_does_not_hang(tmp_path):
+    os.mkfifo(tmp_path / "pipe.jpg")
+    message = []
+    reader = threading.Thread(
+        target=lambda: message.append(refusal(read_bytes, tmp_path / "pipe.jpg")), daemon=True
+    )
+    reader.start()
+    reader.join(5)
+    assert message and "not a regular file" in message[0]
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no devices here")
+def test_a_device_is_refused():
+    assert "not a regular file" in refusal(read_bytes, "/dev/zero")
+
+
+def test_an_unreadable_name_and_a_large_file(tmp_path):
+    refusal(read_bytes, "a\0b.jpg")
+    refusal(read_bytes, "x" * 5000)
+    refusal(read_bytes, "bad\udcff\x1b[31m\n.jpg")
+    path = tmp_path / "x.jpg"
+    path.write_bytes(bytes(101))
+    assert "more than 100 bytes" in refusal(read_bytes, path, max_bytes=100)
+    assert read_bytes(path, max_bytes=101) == bytes(101)
+
+
+def test_control_characters_are_escaped(tmp_path):
+    path = tmp_path / "a\x1b[2J\nb\u202e.jpg"
+    assert r"a\x1b[2J\nb\u202e.jpg" in refusal(open_image, path)
+    path.write_bytes(b"x")
+    assert r"a\x1b[2J\nb\u202e.jpg" in refusal(open_image, path)
+    refusal(open_image, "http://127.0.0.1:1/\x1b\n")
+
+
+# Damage
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kept", [0.05, 0.5, 0.9])
+def test_a_file_cut_short_is_refused(kind, kept):
+    image = drawing(size=(300, 200))
+    data = encoded(image, kind)
+    assert "cut short" in refusal(open_image_bytes, data[: int(len(data) * kept)])
+
+
+def test_a_progressive_jpeg_cut_short_is_refused():
+    data = encoded(drawing(size=(300, 200)), "JPEG", progressive=True)
+    assert "cut short" in refusal(open_image_bytes, data[: len(data) // 2])
+
+
+def test_a_wrong_checksum_is_refused():
+    data = bytearray(encoded(drawing()))
+    data[data.index(b"IDAT") + 20] ^= 1
+    refusal(open_image_bytes, bytes(data))
+
+
+def test_jpegs_that_browsers_do_not_read_are_refused():
+    data = encoded(drawing(), "JPEG")
+    for marker in (b"\xff\xc3", b"\xff\xc9", b"\xff\xca"):
+        refusal(decode, data.replace(b"\xff\xc0", marker, 1), "x")
+
+
+def test_padding_comments_and_trailing_bytes_are_harmless():
+    data = encoded(drawing(), "JPEG", comment="hello")
+    padded = data[:2] + b"\xff\xff\xff" + data[2:] + b"trailing \xff\xda bytes"
+    assert_near(open_image_bytes(padded), open_image_bytes(data), 0)
+    png = encoded(drawing())
+    assert_near(open_image_bytes(png + b"trailing"), drawing(), 0)
+
+
+# Bombs
+
+
+def png_of(width: int, height: int, pieces) -> bytes:
+    """A greyscale PNG of any claimed size around any compressed bytes."""
+
+    def chunk(kind, payload):
+        crc = zlib.crc32(kind + payload)
+        return struct.pack(">I", len(payload)) + kind + payload + struct.pack(">I", crc)
+
+    header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
+    inside = b"".join(chunk(b"IDAT", piece) for piece in pieces)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + inside + chunk(b"IEND", b"")
+
+
+def zeros(count: int) -> bytes:
+    """`count` zero bytes, compressed, without ever holding them."""
+    squeeze = zlib.compressobj(1)
+    block, parts = bytes(1_000_000), []
+    for _ in range(count // len(block)):
+        parts.append(squeeze.compress(block))
+    return b"".join([*parts, squeeze.compress(bytes(count % len(block))), squeeze.flush()])
+
+
+def test_claimed_dimensions_are_checked_before_decoding():
+    for width, height in [(2**31 - 1, 2**31 - 1), (100_000, 100_000), (10_000, 10_000), (1, 40_000)]:
+        began = time.monotonic()
+        message = refusal(decode, png_of(width, height, [b""]), "bomb")
+        assert "pixels" in message and "smaller" in message
+        assert time.monotonic() - began < 1
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "GIF", "BMP", "WEBP"])
+def test_claimed_dimensions_in_other_formats(kind):
+    data = bytearray(encoded(drawing(), kind, **({"lossless": True} if kind == "WEBP" else {})))
+    if kind == "JPEG":
+        at = data.index(b"\xff\xc0") + 5
+        data[at : at + 4] = struct.pack(">HH", 65_000, 65_000)
+    elif kind == "GIF":
+        data[6:10] = struct.pack("<HH", 65_000, 65_000)
+    elif kind == "BMP":
+        data[18:26] = struct.pack("<II", 65_000, 65_000)
+    else:
+        data[21:25] = struct.pack("<I", 0x0FFFFFFF)
+    assert "pixels" in refusal(decode, bytes(data), "bomb")
+
+
+def test_a_real_bomb_of_900_million_pixels():
+    data = png_of(30_000, 30_000, [zeros(30_000 * 30_001)])
+    assert len(data) < 10_000_000
+    assert "too many pixels" in refusal(decode, data, "bomb")
+
+
+def test_pils_own_limit_is_left_as_it_was():
+    before, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
+    open_image_bytes(encoded(drawing()))
+    refusal(decode, png_of(10_000, 10_000, [b""]), "bomb")  # PIL itself only warns of this one
+    assert before == Image.MAX_IMAGE_PIXELS
+    assert warnings.filters == filters
+
+
+def test_a_compressed_text_bomb_is_not_unpacked():
+    data = encoded(drawing())
+    text = b"key\0\0" + zeros(100_000_000)
+    chunk = struct.pack(">I", len(text)) + b"zTXt" + text + struct.pack(">I", zlib.crc32(b"zTXt" + text))
+    assert_near(open_image_bytes(data[:33] + chunk + data[33:]), drawing(), 0)
+
+
+def test_an_exif_bomb_is_not_unpacked():
+    # 5,000 entries that all point to the same 65,000 bytes: 300 MB if read the obvious way.
+    entries = b"".join(struct.pack("<HHII", tag, 7, 65_000, 0) for tag in range(5000))
+    block = b"Exif\0\0" + (b"II*\0\x08\0\0\0" + struct.pack("<H", 5000) + entries).ljust(65_500, b"\0")
+    data = encoded(drawing(), "JPEG")
+    data = data[:2] + b"\xff\xe1" + struct.pack(">H", len(block) + 2) + block + data[20:]
+    peak = measured("open_image_bytes(sys.stdin.buffer.read())", data)["megabytes"]
+    assert peak < 150
+
+
+@pytest.mark.parametrize(
+    "data",
+    [
+        b"GIF89a" + bytes([9, 0, 9, 0, 0, 0, 0]) + b"!\xfe" + b"\x01a" * 5_000_000,
+        b"GIF89a" + bytes([9, 0, 9, 0, 0, 0, 0]) + b"!\xfe\0" * 4_000_000,
+        b"\xff\xd8" + b"\xff\xe5\0\2" * 3_000_000,
+        b"\xff\xd8" + b"\xff" * 10_000_000,
+        b"\xff\xd8\xff\xe0\0\2" + b"\xff\xdb\0\x43" + bytes(65) * 100_000,
+        b"\x89PNG\r\n\x1a\n" + b"\0\0\0\0tEXt\xc1\xd0\x91\xe8" * 1_000_000,
+        png_of(9, 9, [b""] * 90_000),
+    ],
+    ids=["gif-comment", "gif-blocks", "jpeg-segments", "jpeg-padding", "jpeg-tables", "png-text", "png-idat"],
+)
+def test_millions_of_empty_pieces_do_not_hang(data):
+    began = time.monotonic()
+    refusal(open_image_bytes, data)
+    assert time.monotonic() - began < 5
+
+
+def test_a_jpeg_of_too_many_scans_is_refused():
+    data = encoded(Image.new("L", (2000, 2000)), "JPEG", progressive=True)
+    last = data[data.rindex(b"\xff\xda") : -2]
+    assert open_image_bytes(data[:-2] + last * 20 + b"\xff\xd9").size == (2000, 2000)
+    assert "scans" in refusal(open_image_bytes, data[:-2] + last * 200 + b"\xff\xd9")
+
+
+def test_a_run_length_encoded_bmp_is_refused():
+    header = struct.pack("<2sIHHI", b"BM", 0, 0, 0, 1078)
+    info = struct.pack("<IiiHHIIiiII", 40, 9, 9, 1, 8, 1, 0, 0, 0, 256, 0)
+    assert "run-length" in refusal(decode, header + info + bytes(1024) + b"\x09\x01\0\0" * 9, "x")
+
+
+# Addresses
+
+
+@pytest.fixture
+def server(monkeypatch):
+    for name in ("http_proxy", "https_proxy", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+        monkeypatch.delenv(name.upper(), raising=False)
+    with Server() as running:
+        yield running
+
+
+def test_an_image_is_fetched_uncompressed(server):
+    server.routes["/a b.png"] = body(b"never")
+    server.routes["/a%20b.png"] = body(encoded(drawing()), "text/plain")
+    assert_near(open_image(server.url("/a b.png?size=full")), drawing(), 0)
+    assert server.requests[0].headers["accept-encoding"] == "identity"
+    assert server.requests[0].path == "/a%20b.png?size=full"
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "ftp://host/x.jpg",
+        "FILE:///etc/passwd",
+        "file:x.jpg",
+        "data:image/png;base64,AAAA",
+        "gopher://host/x",
+        "s3://bucket/x.jpg",
+    ],
+)
+def test_other_schemes_are_refused(address):
+    assert "only http and https addresses are fetched" in refusal(open_image, address)
+
+
+@pytest.mark.parametrize(
+    "address",
+    [
+        "http://",
+        "http:///x.jpg",
+        "http:x.jpg",
+        "http://[bad/x.jpg",
+        "http://host:port/",
+        "http://host:99999/",
+        "http://host:0/",
+        "http://..bad../x",
+        "http://\udcff/",
+        "http://%zz/",
+        "http://ex\tample/x.jpg",
+    ],
+)
+def test_malformed_addresses_are_refused(address, monkeypatch):
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_host)
+    refusal(read_bytes, address)
+
+
+def no_such_host(*_, **__):
+    raise socket.gaierror(-2, "Name or service not known")
+
+
+def test_names_with_a_colon_are_still_files(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("cat:1.png").write_bytes(encoded(drawing()))
+    assert open_image("cat:1.png").size == (96, 64)
+    assert "no such file" in refusal(open_image, Path("http://host/x.jpg"))
+    assert "no such file" in refusal(open_image, "C:\\pictures\\x.jpg")
+
+
+@pytest.mark.parametrize("code", [204, 206, 301, 304, 400, 403, 404, 418, 500, 503])
+def test_any_status_but_200_is_named(server, code):
+    server.routes["/x.jpg"] = lambda handler: (handler.send_response(code), handler.end_headers())
+    message = refusal(open_image, server.url("/x.jpg"))
+    assert f"status {code}" in message and "/x.jpg" in message
+
+
+@pytest.mark.parametrize("code", [301, 302, 303, 307, 308])
+def test_redirects_are_followed(server, code):
+    server.routes |= {
+        "/a": redirect("b/c?d=1#fragment", code),
+        "/b/c": redirect("/e", code),
+        "/e": redirect(server.url("/f"), code),
+        "/f": body(b"found"),
+    }
+    assert read_bytes(server.url("/a")) == b"found"
+    assert [request.path for request in server.requests] == ["/a", "/b/c?d=1", "/e", "/f"]
+
+
+def test_at_most_five_redirects(server):
+    server.routes |= {f"/{step}": redirect(f"/{step + 1}") for step in range(9)}
+    server.routes["/9"] = body(b"found")
+    assert read_bytes(server.url("/4")) == b"found"
+    assert "more than 5 redirects" in refusal(read_bytes, server.url("/3"))
+    server.routes["/loop"] = redirect("/loop")
+    refusal(read_bytes, server.url("/loop"))
+    assert server.count("/loop") == 6
+
+
+@pytest.mark.parametrize(
+    "target", ["file:///etc/passwd", "ftp://host/x.jpg", "data:,x", "//user:secret@[bad/", "http://"]
+)
+def test_redirects_elsewhere_are_refused(server, target):
+    server.routes["/a"] = redirect(target)
+    message = refusal(read_bytes, server.url("/a"))
+    assert "secret" not in message
+    assert ("only http and https" in message) == (not target.startswith(("//", "http")))
+
+
+def test_no_redirect_leads_from_https_to_http():
+    assert "unprotected" in refusal(images._next_hop, "https://a/x", "http://b/y", "https://a/x")
+    assert images._next_hop("https://a/x", "/y", "") == "https://a/y"
+    assert images._next_hop("http://a/x", "https://b/y", "") == "https://b/y"
+
+
+def test_a_password_is_sent_but_never_shown(server):
+    server.routes |= {"/x": body(b"found"), "/to": redirect("http://me:s3cret@127.0.0.1:1/y")}
+    assert read_bytes(server.url("/x", userinfo="me:s3cret")) == b"found"
+    assert server.requests[0].headers["authorization"].startswith("Basic ")
+    for address in (
+        server.url("/404", userinfo="me:s3cret"),
+        server.url("/to", userinfo="me:s3cret"),
+        "ftp://me:s3cret@host/x",
+        "http://me:s3cret@127.0.0.1:1/",
+        "http://me:s3cret@[bad/",
+        "http://me:s3/cret@host/x",
+        "http://me:s3?cret@host/x",
+        "http://me:s3#cret@host/x",
+        "http:me:s3cret@host/x",
+        "http://me:s3cret@host:port/@2x.jpg",
+    ):
+        message = refusal(open_image, address)
+        assert "cret" not in message and "me:" not in message
+    assert "/pin@2x.jpg" in refusal(open_image, server.url("/pin@2x.jpg"))
+    assert "cret" not in refusal(decode, b"x", "http://me:s3cret@host/x")
+    # not even in a traceback
+    with pytest.raises(InputError) as caught:
+        read_bytes("http://me:s3/cret@host/x")
+    assert caught.value.__suppress_context__
+
+
+def test_a_redirect_does_not_take_the_password_along(server):
+    server.routes |= {"/to": redirect(f"http://localhost:{server.port}/x"), "/x": body(b"found")}
+    assert read_bytes(server.url("/to", userinfo="me:s3cret")) == b"found"
+    assert "authorization" not in server.requests[1].headers
+
+
+def test_no_connection_and_no_such_host(server, monkeypatch):
+    with socket.socket() as unused:
+        unused.bind(("127.0.0.1", 0))
+        port = unused.getsockname()[1]
+    assert "no connection" in refusal(read_bytes, f"http://127.0.0.1:{port}/x.jpg")
+    monkeypatch.setattr(socket, "getaddrinfo", no_such_host)
+    assert "no connection" in refusal(read_bytes, "http://no-such-host.invalid/x.jpg")
+
+
+def test_a_name_server_that_hangs_meets_the_deadline(server, monkeypatch):
+    hang = threading.Event()
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *_, **__: hang.wait(10) and no_such_host())
+    assert "0.3 seconds" in refusal(read_bytes, "http://slow.invalid/x.jpg", deadline=0.3)
+    hang.set()
+
+
+@pytest.mark.parametrize("route", [silence(), stall(), stall(b"half")], ids=["silence", "headers", "half"])
+def test_a_stalled_server_times_out(server, route):
+    server.routes["/x"] = route
+    began = time.monotonic()
+    assert "0.3 seconds" in refusal(read_bytes, server.url("/x"), timeout=0.3)
+    assert time.monotonic() - began < 3
+
+
+@pytest.mark.parametrize(
+    "route", [drip(b"x" * 1000, 0.05), drip_headers(0.05)], ids=["slow-body", "slow-headers"]
+)
+def test_a_slow_drip_meets_the_deadline(server, route):
+    server.routes["/x"] = route
+    began = time.monotonic()
+    assert "0.5 seconds" in refusal(read_bytes, server.url("/x"), timeout=0.4, deadline=0.5)
+    assert time.monotonic() - began < 3
+
+
+def test_redirects_count_towards_the_deadline(server):
+    slow = lambda handler: (time.sleep(0.3), redirect("/x")(handler))  # noqa: E731
+    server.routes["/x"] = slow
+    assert "0.5 seconds" in refusal(read_bytes, server.url("/x"), deadline=0.5)
+
+
+def test_an_abandoned_download_stops(server):
+    server.routes["/x"] = drip(b"x" * 1000, 0.02)
+    refusal(read_bytes, server.url("/x"), deadline=0.2)
+    time.sleep(0.5)
+    assert not [thread for thread in threading.enumerate() if thread.name == "fetch"]
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        body(bytes(1001)),
+        unsized(bytes(1001)),
+        chunked(bytes(600), bytes(600)),
+        endless(),
+        stall(b"", claimed=10**15),
+        body(gzip.compress(bytes(1001)), Content_Encoding="gzip"),
+        body(gzip.compress(bytes(50_000_000)), Content_Encoding="gzip"),
+    ],
+    ids=["length", "unsized", "chunked", "endless", "claimed", "gzip", "gzip-bomb"],
+)
+def test_too_large_a_body(server, route):
+    server.routes["/x"] = route
+    assert "more than 1,000 bytes" in refusal(read_bytes, server.url("/x"), max_bytes=1000)
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        body(bytes(1000)),
+        unsized(bytes(1000)),
+        chunked(bytes(600), bytes(400)),
+        body(gzip.compress(bytes(1000)), Content_Encoding="GZIP"),
+    ],
+    ids=["length", "unsized", "chunked", "gzip"],
+)
+def test_a_body_at_the_limit(server, route):
+    server.routes["/x"] = route
+    assert read_bytes(server.url("/x"), max_bytes=1000) == bytes(1000)
+
+
+@pytest.mark.parametrize(
+    "route",
+    [
+        short(b"half", 8),
+        chunked(b"half", ended=False),
+        raw(b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\nzz\r\nhalf"),
+        body(gzip.compress(b"whole")[:-6], Content_Encoding="gzip"),
+        body(b"not gzip at all", Content_Encoding="gzip"),
+        raw(b"SSH-2.0-OpenSSH_9.2\r\n"),
+        raw(b""),
+        raw(b"HTTP/1.1 200 OK\r\n" + b"X: y\r\n" * 200 + b"\r\n"),
+    ],
+    ids=["short", "chunk", "bad-chunk", "gzip-short", "no-gzip", "no-http", "nothing", "many-headers"],
+)
+def test_a_broken_body(server, route):
+    server.routes["/x"] = route
+    message = refusal(read_bytes, server.url("/x"))
+    assert "connection" in message
+
+
+def test_a_body_in_an_encoding_not_asked_for(server):
+    server.routes["/x"] = body(b"x", Content_Encoding="br")
+    assert "compressed" in refusal(read_bytes, server.url("/x"))
+
+
+def test_a_length_too_low_cuts_the_image(server):
+    data = encoded(drawing(), "JPEG")
+    server.routes["/x.jpg"] = short(data, len(data) // 2)
+    assert "cut short" in refusal(open_image, server.url("/x.jpg"))
+
+
+def test_a_page_instead_of_an_image(server):
+    server.routes["/x.jpg"] = body(b"<!doctype html><title>x</title>", "image/jpeg")
+    assert "web page" in refusal(open_image, server.url("/x.jpg"))
+
+
+def test_the_server_helper_answers_in_turn(server):
+    server.routes["/x"] = in_turn(status(503), body(b"found"))
+    assert "status 503" in refusal(read_bytes, server.url("/x"))
+    assert read_bytes(server.url("/x")) == read_bytes(server.url("/x")) == b"found"
+    assert server.count("/x") == 3
+
+
+# The whole module
+
+
+def test_importing_is_light():
+    code = "import sys, captioning.images; print(*sorted(sys.modules))"
+    output = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
+    )
+    assert not {"requests", "numpy", "torch", "urllib3"} & set(output.stdout.split())
+
+
+# Mutation: whatever the bytes are, an image or InputError
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+def seeds() -> list[bytes]:
+    exif = Image.Exif()
+    exif[0x0112], exif[0x0131] = 6, "software"
+    frames = [drawing().rotate(angle) for angle in (90, 180)]
+    picture = drawing(size=(160, 120))
+    return [
+        encoded(picture, "JPEG", exif=exif),
+        encoded(picture, "JPEG", progressive=True, subsampling=0, comment="x"),
+        encoded(drawing("CMYK"), "JPEG"),
+        encoded(drawing("L"), "JPEG", restart_marker_rows=1),
+        encoded(drawing(), "MPO", save_all=True, append_images=frames),
+        encoded(picture, "PNG", exif=exif),
+        encoded(drawing("P"), "PNG", transparency=bytes(range(200))),
+        encoded(drawing("L").convert("I;16"), "PNG", transparency=9),
+        encoded(drawing("L"), "PNG", transparency=9),
+        encoded(drawing("RGBA"), "PNG", save_all=True, append_images=frames),
+        encoded(picture, "WEBP", exif=exif),
+        encoded(drawing("RGBA").rotate(9), "WEBP", lossless=True),
+        encoded(drawing(), "WEBP", save_all=True, append_images=frames),
+        encoded(drawing("P"), "GIF", transparency=3, interlace=1, comment=b"x"),
+        encoded(drawing(), "GIF", save_all=True, append_images=frames),
+        encoded(picture, "BMP"),
+        encoded(drawing("P"), "BMP"),
+    ]
+
+
+def mutated(data: bytes, other: bytes, rng: random.Random) -> bytes:
+    """Damage a file in one to four ways; checksums of a PNG are mostly mended, to get past them."""
+    data = bytearray(data)
+    for _ in range(rng.choice((1, 1, 1, 2, 4))):
+        at, length = rng.randrange(len(data)), rng.randint(1, 40)
+        match rng.randrange(7):
+            case 0:  # flip bits
+                for _ in range(rng.randint(1, 20)):
+                    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+            case 1:  # cut the end off
+                del data[max(at, 16) :]
+            case 2:  # edit the header
+                data[rng.randrange(min(len(data), 80))] = rng.choice((0, 1, 127, 128, 255))
+            case 3:  # remove, or repeat, a piece
+                data[at : at + length] = data[at : at + length] * rng.choice((0, 2, 50))
+            case 4:  # splice in a piece of another file
+                start = rng.randrange(len(other))
+                data[at : at + length] = other[start : start + length * 10]
+            case 5:  # a length or a dimension gone wild
+                data[at : at + 4] = rng.choice((b"\xff\xff\xff\xff", b"\0\0\0\0", b"\x7f\xff\xff\xff"))
+            case 6:  # the head of one, the tail of another
+                data[at:] = other[rng.randrange(len(other)) :] or b"\0"
+        data = data or bytearray(b"\0")
+    return bytes(data) if rng.random() < 0.3 else mended(bytes(data))
+
+
+def mended(data: bytes) -> bytes:
+    if not data.startswith(b"\x89PNG"):
+        return data
+    out, at = bytearray(data), 8
+    while at + 12 <= len(data):
+        end = at + 8 + struct.unpack_from(">I", data, at)[0]
+        if end + 4 > len(data):
+            break
+        out[end : end + 4] = struct.pack(">I", zlib.crc32(data[at + 4 : end]))
+        at = end + 4
+    return bytes(out)
+
+
+def survive_mutations(count: int, seed: int) -> dict[str, float]:
+    """Open `count` damaged images; returns how many opened and the slowest one in seconds."""
+    rng, originals = random.Random(seed), seeds()
+    opened, slowest = 0, 0.0
+    for number in range(count):
+        data = mutated(originals[number % len(originals)], rng.choice(originals), rng)
+        began = time.monotonic()
+        try:
+            image = to_rgb(decode(data, "x", min_side=rng.choice((None, 16))), "x")
+            assert image.mode == "RGB" and min(image.size) > 0
+            opened += 1
+        except InputError as error:
+            assert str(error).isprintable()
+        slowest = max(slowest, time.monotonic() - began)
+    return {"opened": opened, "slowest": slowest}
+
+
+def measured(code: str, data: bytes = b"", module: str = "test_images") -> dict:
+    """Run an expression over a module in a process of its own; its dict, seconds and peak megabytes."""
+    code = (
+        "import json, resource, sys, time\n"
+        "from pathlib import Path\n"
+        f"from {module} import *\n"
+        "began = time.monotonic()\n"
+        "LINUX = sys.platform == 'linux'\n"
+        f"result = {code}\n"
+        "seconds = time.monotonic() - began\n"
+        "peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1024 if LINUX else 2**20)\n"
+        "if LINUX:  # there ru_maxrss starts from the peak of the process that forked this one\n"
+        "    status = Path('/proc/self/status').read_text()\n"
+        "    peak = int(status.partition('VmHWM:')[2].split()[0]) / 1024\n"
+        "result = result if isinstance(result, dict) else {}\n"
+        "print(json.dumps({'megabytes': peak, 'seconds': seconds} | result))\n"
+    )
+    paths = os.pathsep.join([str(ROOT), str(ROOT / "tests")])
+    done = subprocess.run(
+        [sys.executable, "-c", code], input=data, capture_output=True, env={**os.environ, "PYTHONPATH": paths}
+    )
+    assert (done.returncode, done.stderr.decode()) == (0, "")
+    return json.loads(done.stdout)
+
+
+def test_mutations_give_an_image_or_an_input_error(capfd):
+    for number, data in enumerate(seeds()):
+        assert open_image_bytes(data).mode == "RGB", f"seed {number}"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = survive_mutations(200, seed=1)
+    assert 20 < result["opened"] < 180, "the mutations are too weak or too strong to tell anything"
+    assert result["slowest"] < 5
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.mark.slow
+def test_many_mutations_stay_quick_and_small():
+    result = measured("survive_mutations(2000, seed=2)")
+    print(result)
+    assert result["slowest"] < 5
+    assert result["megabytes"] < 500
+
+
+def largest(name: str) -> bytes:
+    """An image near its limit: the most pixels, the most memory, turned upright at the end."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    ImageFile.MAXBLOCK = 1 << 27  # for PIL's encoder, which writes a progressive JPEG in one piece
+    grey = Image.effect_noise((8160, 6120), 30)
+    small, medium = grey.crop((0, 0, 4000, 4000)), grey.crop((0, 0, 6000, 4160))
+    match name:
+        case "jpeg":
+            return encoded(Image.merge("RGB", [grey] * 3), "JPEG", exif=exif, subsampling=0)
+        case "progressive":
+            bands = [medium] * 4
+            return encoded(Image.merge("CMYK", bands), "JPEG", exif=exif, progressive=True, subsampling=0)
+        case "scans":
+            data = encoded(Image.merge("RGB", [medium] * 3), "JPEG", progressive=True, subsampling=0)
+            start = data.rindex(b"\xff\xc4", 0, data.rindex(b"\xff\xda"))
+            return data[:-2] + data[start:-2] * 7 + b"\xff\xd9"
+        case "png":
+            return encoded(Image.merge("RGBA", [grey.point(lambda value: value & 0xF0)] * 4), exif=exif)
+        case "deep":
+            return encoded(grey.point(lambda value: value & 0xF0).convert("I;16"), exif=exif)
+        case "gif":
+            return encoded(grey.point(lambda value: value & 0xF0).convert("P"), "GIF", transparency=0)
+        case "webp":
+            frames = [Image.merge("RGBA", [small.rotate(turn)] * 4) for turn in (0, 90)]
+            return encoded(frames[0], "WEBP", save_all=True, append_images=frames[1:], method=0, quality=10)
+    raise ValueError(name)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["jpeg", "progressive", "scans", "png", "deep", "gif", "webp"])
+def test_the_largest_images_stay_within_bounds(name, tmp_path):
+    path = tmp_path / "large"
+    path.write_bytes(largest(name))
+    assert path.stat().st_size <= images.MAX_BYTES
+    result = measured(f"open_image({str(path)!r})", module="captioning.images")
+    print(name, path.stat().st_size, result)
+    assert result["seconds"] < 10  # twice the aim, for a machine that is shared
+    assert result["megabytes"] < 500

@@ -1,0 +1,421 @@
+"""Stage 2: fine-tune a vision encoder and a GPT-2 decoder into an image captioner.
+
+    python train.py --data_path ./processed_data --epochs 10                    # one GPU, or the CPU
+    accelerate launch --multi_gpu train.py --data_path ./processed_data         # every GPU of the machine
+    accelerate launch --num_processes 2 --cpu train.py --data_path ./processed_data
+    python train.py --encoder tiny --decoder tiny --epochs 60 --learning_rate 1e-3   # random weights, for a try
+
+Writes the run folder: model, tokenizer, image processor, checkpoints, results.json, predictions_test.json,
+training_curves.png, gallery.png, README.md. The table of test scores goes to stdout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import difflib
+import importlib.util
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from captioning import InputError, cli
+
+PROTOCOL = (
+    "one generated caption per image against all of its references; BLEU-1..4, ROUGE-L and CIDEr-D as in the official "
+    "COCO caption evaluation (PTB tokenisation, punctuation removed), ROUGE-1, ROUGE-2, ROUGE-Lsum as in rouge_score"
+)
+
+# Our defaults where they differ from those of Seq2SeqTrainingArguments.
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 5e-4,
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.98,
+    "logging_steps": 0.01,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "cider_d",
+    "greater_is_better": True,
+    "predict_with_generate": True,
+    "remove_unused_columns": False,
+    "report_to": "none",
+    "seed": 0,
+}
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description="Train an image captioner on a folder that dataloader.py wrote.",
+        epilog="Every flag of transformers.Seq2SeqTrainingArguments works too (--learning_rate, --lr_scheduler_type, "
+        "--adam_beta1, --bf16, --per_device_train_batch_size, --gradient_accumulation_steps, "
+        "--label_smoothing_factor, --report_to, ...): see --help_all.",
+        allow_abbrev=False,
+    )
+    data = parser.add_argument_group("data and output")
+    data.add_argument("--data_path", type=Path, default=Path("processed_data"), help="what dataloader.py wrote")
+    data.add_argument("--output_dir", type=Path, default=Path("vit-gpt2-coco"), help="the run folder to write")
+    data.add_argument("--epochs", type=float, default=10, help="passes over the training images (default: 10)")
+    data.add_argument(
+        "--resume_from_checkpoint", metavar="DIR", help="continue from this checkpoint; auto: from the newest one"
+    )
+    parts = parser.add_argument_group("model")
+    parts.add_argument("--encoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)")
+    parts.add_argument("--decoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)")
+    parts.add_argument("--freeze_encoder", action="store_true", help="train the decoder and its cross-attention only")
+    rates = parser.add_argument_group("learning rates (--learning_rate is for parts that start from random weights)")
+    for part, default in (("encoder", "2e-5"), ("decoder", "1e-4"), ("cross_attention", "1e-4")):
+        help_text = f"of the {part.replace('_', '-')} when it is pretrained (default: {default})"
+        rates.add_argument(f"--{part}_lr", type=float, metavar="RATE", help=help_text)
+    rest = parser.add_argument_group("other")
+    rest.add_argument(
+        "--packing",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="all captions of an image in one decoder sequence: the same loss, several times faster (default: on)",
+    )
+    rest.add_argument("--help_all", action="store_true", help="show every flag of Seq2SeqTrainingArguments as well")
+    rest.add_argument("--debug", action="store_true", help=cli.DEBUG_HELP)
+    return parser
+
+
+def training_argument_types() -> dict[str, str]:
+    """Names and annotations of the Trainer's flags, read from its source: importing it takes seconds.
+
+    A misspelt flag is so reported at once.
+    """
+    package = Path(importlib.util.find_spec("transformers").submodule_search_locations[0])
+    fields = {}
+    for file in ("training_args.py", "training_args_seq2seq.py"):
+        for node in ast.parse((package / file).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                for statement in node.body:
+                    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                        fields[statement.target.id] = ast.unparse(statement.annotation)
+    return fields
+
+
+def check_rest(parser: argparse.ArgumentParser, rest: list[str]) -> None:
+    """Refuse flags that nobody knows and numbers that are none, before anything heavy is imported."""
+    types = training_argument_types()
+    known = {option for action in parser._actions for option in action.option_strings}
+    known |= {f"--{name}" for name in types} | {f"--no_{name}" for name in types if types[name].startswith("bool")}
+    for position, word in enumerate(rest):
+        if not word.startswith("--"):
+            continue
+        option, _, value = word.partition("=")
+        if option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"; did you mean {close[0]}?" if close else "; --help_all lists every flag"
+            parser.error(f"unknown flag {option}{hint}")
+        if not value and position + 1 < len(rest) and not rest[position + 1].startswith("--"):
+            value = rest[position + 1]
+        kind = types.get(option.removeprefix("--"), "").split(" | ")[0]
+        if kind in ("int", "float") and value:
+            try:
+                float(value)
+            except ValueError:
+                parser.error(f"{option} takes a number, not '{value}'")
+    if rest and not rest[0].startswith("-"):
+        parser.error(f"'{rest[0]}' belongs to no flag")
+
+
+def parse_arguments(argv: list[str] | None):
+    """Our flags, and the Trainer's arguments made of the other flags and our defaults."""
+    parser = build_parser()
+    args, rest = parser.parse_known_args(argv)
+    if not args.help_all:
+        check_rest(parser, rest)
+        if args.epochs <= 0:
+            parser.error(f"--epochs {args.epochs:g} is not above 0")
+        if not (args.data_path / "dataset.json").is_file():
+            parser.error(f"--data_path '{args.data_path}' is not a folder of dataloader.py; did you run it?")
+        if args.resume_from_checkpoint is None and any(args.output_dir.glob("checkpoint-*")):
+            parser.error(
+                f"--output_dir '{args.output_dir}' holds checkpoints of an earlier run; continue it with "
+                "--resume_from_checkpoint auto, remove the folder, or name another"
+            )
+
+    from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+    from captioning import model
+
+    model.quiet_transformers()
+    trainer_parser = HfArgumentParser(Seq2SeqTrainingArguments, allow_abbrev=False, prog=parser.prog)
+    trainer_parser.set_defaults(**DEFAULTS)
+    if args.help_all:
+        parser.print_help()
+        trainer_parser.print_help()
+        sys.exit(0)
+    own = [f"--output_dir={args.output_dir}"]
+    if not any(word.split("=")[0] in ("--num_train_epochs", "--max_steps") for word in rest):
+        own.append(f"--num_train_epochs={args.epochs}")
+    trainer_parser.set_defaults(**device_defaults())
+    try:
+        (training,) = trainer_parser.parse_args_into_dataclasses([*own, *rest])
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise InputError(str(error).strip().splitlines()[0]) from error
+    for flag, must in (("predict_with_generate", True), ("remove_unused_columns", False)):
+        if getattr(training, flag) != must:
+            raise InputError(f"--{flag} {not must} cannot work here: captions are generated from whole rows; leave it out")
+    return args, training
+
+
+def device_defaults() -> dict[str, Any]:
+    """What depends on the machine: half precision and the number of data workers."""
+    import torch
+
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = max(1, min(8, (os.cpu_count() or 1) // (2 * processes)))
+    return {
+        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": True,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+    }
+
+
+def load_data(args: argparse.Namespace):
+    """The data set, its tokenizer, and what `dataset.json` says of it."""
+    from datasets import load_from_disk
+    from datasets.utils.logging import disable_progress_bar
+
+    from captioning import coco, model
+
+    disable_progress_bar()
+    description = coco.read_json(args.data_path / "dataset.json")
+    try:
+        splits = load_from_disk(str(args.data_path))
+    except (OSError, ValueError) as error:
+        raise InputError(f"--data_path '{args.data_path}' cannot be read ({error}); run dataloader.py again") from None
+    for split in ("train", "validation", "test"):
+        if split not in splits or not len(splits[split]):
+            raise InputError(f"--data_path '{args.data_path}' has no {split} images; run dataloader.py again")
+    return splits, model.load_tokenizer(args.data_path, "--data_path"), description
+
+
+def check_tokenizer(args: argparse.Namespace, tokenizer, description: dict[str, Any]) -> None:
+    """A pretrained decoder only understands its own token ids."""
+    from captioning import model
+
+    if args.decoder in model.DECODER_PRESETS or args.decoder == description["decoder"]:
+        return
+    theirs = model.load_tokenizer(args.decoder)
+    if theirs.get_vocab() != tokenizer.get_vocab():
+        raise InputError(
+            f"--decoder '{args.decoder}' has another tokenizer than the data in '{args.data_path}', which was made "
+            f"for '{description['decoder']}'; run dataloader.py with --decoder '{args.decoder}'"
+        )
+
+
+def learning_rates(args: argparse.Namespace, training, net, new: set[str]) -> dict[str, float]:
+    """By part: its own flag, else the base rate where it starts from random weights, else a gentle one."""
+    from captioning.trainer import PARTS, part_of
+
+    gentle = {"encoder": 2e-5, "decoder": 1e-4, "cross_attention": 1e-4}
+    fresh = {part_of(name) for name, _ in net.named_parameters() if name in new}
+    rates = {}
+    for part in PARTS:
+        own = getattr(args, f"{part}_lr")
+        if own is not None and own <= 0:
+            raise InputError(f"--{part}_lr {own:g} is not above 0")
+        rates[part] = own or (training.learning_rate if part in fresh else gentle[part])
+    return rates
+
+
+def find_checkpoint(args: argparse.Namespace) -> str | None:
+    """The checkpoint to continue from, None to start anew."""
+    from transformers.trainer_utils import get_last_checkpoint
+
+    asked = args.resume_from_checkpoint
+    if asked is None or asked.lower() == "false":
+        return None
+    if asked.lower() in ("auto", "true"):
+        found = get_last_checkpoint(args.output_dir) if args.output_dir.is_dir() else None
+        if found is None:
+            cli.note(f"no checkpoint in '{args.output_dir}': starting anew")
+        return found
+    if not (Path(asked) / "trainer_state.json").is_file():
+        raise InputError(f"--resume_from_checkpoint '{asked}' is not a checkpoint folder; name a checkpoint-* or auto")
+    return asked
+
+
+def main(argv: list[str] | None = None) -> int:
+    args, training = parse_arguments(argv)
+
+    from transformers import set_seed
+
+    from captioning import batch, model, report
+    from captioning.trainer import CaptionTrainer
+
+    say = cli.note if training.process_index == 0 else lambda _: None
+
+    # Data
+    splits, tokenizer, description = load_data(args)
+    args.encoder = args.encoder or description["encoder"]
+    args.decoder = args.decoder or description["decoder"]
+    same_encoder = args.encoder == description["encoder"]
+    image_processor = model.load_image_processor(args.data_path if same_encoder else args.encoder)
+    check_tokenizer(args, tokenizer, description)
+    pixels = batch.Pixels(image_processor)
+    datasets = {split: batch.CaptionDataset(rows, pixels) for split, rows in splits.items()}
+    references = {
+        image_id: captions
+        for split in ("validation", "test")
+        for image_id, captions in zip(splits[split]["image_id"], splits[split]["captions"], strict=True)
+    }
+    say(
+        f"data: {args.data_path}, "
+        + ", ".join(f"{len(rows):,} {split}" for split, rows in splits.items())
+        + f" images; {description['source']}"
+    )
+
+    # Model
+    set_seed(training.seed)
+    net = model.build(args.encoder, args.decoder, tokenizer)
+    new = model.new_parameters(net, args.encoder, args.decoder)
+    if args.freeze_encoder:
+        net.encoder.requires_grad_(False)
+    bundle = model.Bundle(net, tokenizer, image_processor)
+    rates = learning_rates(args, training, net, new)
+    every, trained = model.count_parameters(net)
+    say(f"model: {args.encoder} -> {args.decoder}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained")
+    used = {part: rate for part, rate in rates.items() if not (part == "encoder" and args.freeze_encoder)}
+    say("learning rates: " + ", ".join(f"{part} {rate:g}" for part, rate in used.items()))
+
+    # Training
+    precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
+    images = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+    say(
+        f"device: {training.device}, {training.world_size} process(es), {precision}; "
+        f"{images} images per update, {training.dataloader_num_workers} data worker(s) each; "
+        f"captions {'packed per image' if args.packing else 'one per row'}"
+    )
+    start = net.config.decoder_start_token_id
+    trainer = CaptionTrainer(
+        bundle,
+        references,
+        rates,
+        args=training,
+        data_collator=batch.Collator(start, tokenizer.pad_token_id, args.packing),
+        train_dataset=datasets["train"],
+        eval_dataset=datasets["validation"],
+    )
+    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+
+    # Scores of the checkpoint that is kept. The test split is seen here, once.
+    best = best_evaluation(trainer.state)
+    validation = {name.removeprefix("eval_"): value for name, value in best.items()}
+    if not validation:
+        validation = strip(trainer.evaluate(), "eval_")
+    test = strip(trainer.predict(datasets["test"]).metrics, "test_")
+    if trainer.is_world_process_zero():
+        write_run(args, training, trainer, bundle, splits["test"], references, validation, test, description, report)
+        print(table(validation, test))
+        say(f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ...")
+    trainer.accelerator.end_training()
+    return 0
+
+
+SCORES = ("loss", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d", "rouge_1", "rouge_2", "rouge_lsum")
+
+
+def strip(metrics: dict[str, float], prefix: str) -> dict[str, float]:
+    return {name: metrics[prefix + name] for name in SCORES if prefix + name in metrics}
+
+
+def best_evaluation(state) -> dict[str, float]:
+    """The scores that the kept checkpoint had on validation; empty when none was kept."""
+    for entry in state.log_history:
+        if "eval_loss" in entry and entry["step"] == state.best_global_step:
+            return {name: entry[f"eval_{name}"] for name in SCORES}
+    return {}
+
+
+def table(validation: dict[str, float], test: dict[str, float]) -> str:
+    lines = [f"{'':<12}{'validation':>12}{'test':>10}"]
+    lines += [f"{name:<12}{validation[name]:>12.4f}{test[name]:>10.4f}" for name in SCORES]
+    return "\n".join(lines)
+
+
+def write_run(args, training, trainer, bundle, test_rows, references, validation, test, description, report) -> None:
+    """Everything in the run folder besides the checkpoints."""
+    from captioning import model
+
+    folder = args.output_dir
+    model.save(bundle, folder)
+    predictions = trainer.predictions
+    # COCO's results format, in the order of the split
+    results = [{"image_id": i, "caption": predictions[i]} for i in test_rows["image_id"]]
+    (folder / "predictions_test.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    content = {
+        "protocol": PROTOCOL,
+        "checkpoint": "best on validation" if trainer.state.best_global_step else "last",
+        "step": trainer.state.best_global_step or trainer.state.global_step,
+        "validation": {"images": description["images"]["validation"], **validation},
+        "test": {"images": description["images"]["test"], **test},
+        "model": {"encoder": args.encoder, "decoder": args.decoder, "freeze_encoder": args.freeze_encoder},
+        "decoding": bundle.model.generation_config.to_diff_dict(),
+        "training": training.to_sanitized_dict(),
+        "data": description,
+        "versions": {
+            "python": platform.python_version(),
+            **{name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "pillow")},
+        },
+    }
+    (folder / "results.json").write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
+    report.draw_curves(trainer.state.log_history, folder / "training_curves.png", trainer.state.best_global_step)
+    report.draw_gallery(
+        [
+            {"image": row["image"], "caption": predictions[row["image_id"]], "reference": row["captions"][0]}
+            for row in test_rows.select(range(min(20, len(test_rows))))
+        ],
+        folder / "gallery.png",
+    )
+    (folder / "README.md").write_text(model_card(args, test, description), encoding="utf-8")
+
+
+def model_card(args: argparse.Namespace, test: dict[str, float], description: dict[str, Any]) -> str:
+    scores = "\n".join(f"| {name} | {test[name]:.4f} |" for name in SCORES)
+    return f"""---
+library_name: transformers
+pipeline_tag: image-to-text
+tags: [image-captioning, vision-encoder-decoder]
+---
+
+# Image captioner: {args.encoder} -> {args.decoder}
+
+Trained on {description["images"]["train"]:,} images ({description["source"]}).
+
+| test ({description["images"]["test"]:,} images) | |
+|---|---|
+{scores}
+
+Protocol: {PROTOCOL}.
+
+```python
+from PIL import Image
+from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
+
+model = VisionEncoderDecoderModel.from_pretrained(".")
+tokenizer = AutoTokenizer.from_pretrained(".")
+image_processor = AutoImageProcessor.from_pretrained(".", backend="pil")
+
+image = Image.open("photo.jpg").convert("RGB")
+tokens = model.generate(**image_processor(image, return_tensors="pt"))
+print(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
+```
+"""
+
+
+if __name__ == "__main__":
+    cli.run(main)
