@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning import InputError, cli
+from captioning.files import write_whole
 
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
@@ -40,10 +41,17 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
 
     score = parser.add_argument_group("scoring instead")
-    score.add_argument("--data_path", type=Path, help="a folder of dataloader.py: caption one of its splits and score it")
-    score.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(default: test)")
     score.add_argument(
-        "--predictions", type=Path, metavar="FILE", help="score these captions (COCO results format), without a model"
+        "--data_path", type=Path, help="a folder of dataloader.py: caption one of its splits and score it"
+    )
+    score.add_argument(
+        "--split", default="test", choices=("train", "validation", "test"), help="(default: test)"
+    )
+    score.add_argument(
+        "--predictions",
+        type=Path,
+        metavar="FILE",
+        help="score these captions (COCO results format), without a model",
     )
     parser.add_argument("--debug", action="store_true", help=cli.DEBUG_HELP)
     args = parser.parse_args(argv)
@@ -114,7 +122,9 @@ def _best_device(torch) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def captions(bundle, pictures: Iterator[tuple[Any, Any]], batch_size: int, total: int) -> Iterator[tuple[Any, str]]:
+def captions(
+    bundle, pictures: Iterator[tuple[Any, Any]], batch_size: int, total: int
+) -> Iterator[tuple[Any, str]]:
     """(key, uint8 pixels) pairs -> (key, caption) pairs, a batch at a time."""
     import numpy as np
     import torch
@@ -201,16 +211,6 @@ def caption_images(args: argparse.Namespace) -> int:
     return 0
 
 
-def write_whole(path: Path, text: str) -> None:
-    """Write a file so that it is either the old one or the new one, never half."""
-    part = path.with_name(f".{path.name}.part")
-    try:
-        part.write_text(text, encoding="utf-8")
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
 def score(args: argparse.Namespace) -> int:
     """Score a run folder, or a results file, on a split of `--data_path`."""
     from captioning import coco, metrics
@@ -240,7 +240,8 @@ def score(args: argparse.Namespace) -> int:
         target = file.with_name(f"scores_per_image_{args.split}.json")
     scores, per_image = metrics.coco_scores(predictions, references, per_image=True)
     content = [
-        {"image_id": image_id, "caption": predictions[image_id], **values} for image_id, values in per_image.items()
+        {"image_id": image_id, "caption": predictions[image_id], **values}
+        for image_id, values in per_image.items()
     ]
     write_whole(target, json.dumps(sorted(content, key=lambda row: row["cider_d"]), indent=1) + "\n")
     cli.note(f"scores of each image, the worst first, written to {target}")

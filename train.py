@@ -24,11 +24,8 @@ from pathlib import Path
 from typing import Any
 
 from captioning import InputError, cli
-
-PROTOCOL = (
-    "one generated caption per image against all of its references; BLEU-1..4, ROUGE-L and CIDEr-D as in the official "
-    "COCO caption evaluation (PTB tokenisation, punctuation removed), ROUGE-1, ROUGE-2, ROUGE-Lsum as in rouge_score"
-)
+from captioning.files import write_whole
+from captioning.metrics import PROTOCOL
 
 # Our defaults where they differ from those of Seq2SeqTrainingArguments.
 DEFAULTS: dict[str, Any] = {
@@ -62,17 +59,33 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     data = parser.add_argument_group("data and output")
-    data.add_argument("--data_path", type=Path, default=Path("processed_data"), help="what dataloader.py wrote")
-    data.add_argument("--output_dir", type=Path, default=Path("vit-gpt2-coco"), help="the run folder to write")
-    data.add_argument("--epochs", type=float, default=10, help="passes over the training images (default: 10)")
     data.add_argument(
-        "--resume_from_checkpoint", metavar="DIR", help="continue from this checkpoint; auto: from the newest one"
+        "--data_path", type=Path, default=Path("processed_data"), help="what dataloader.py wrote"
+    )
+    data.add_argument(
+        "--output_dir", type=Path, default=Path("vit-gpt2-coco"), help="the run folder to write"
+    )
+    data.add_argument(
+        "--epochs", type=float, default=10, help="passes over the training images (default: 10)"
+    )
+    data.add_argument(
+        "--resume_from_checkpoint",
+        metavar="DIR",
+        help="continue from this checkpoint; auto: from the newest one",
     )
     parts = parser.add_argument_group("model")
-    parts.add_argument("--encoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)")
-    parts.add_argument("--decoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)")
-    parts.add_argument("--freeze_encoder", action="store_true", help="train the decoder and its cross-attention only")
-    rates = parser.add_argument_group("learning rates (--learning_rate is for parts that start from random weights)")
+    parts.add_argument(
+        "--encoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)"
+    )
+    parts.add_argument(
+        "--decoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)"
+    )
+    parts.add_argument(
+        "--freeze_encoder", action="store_true", help="train the decoder and its cross-attention only"
+    )
+    rates = parser.add_argument_group(
+        "learning rates (--learning_rate is for parts that start from random weights)"
+    )
     for part, default in (("encoder", "2e-5"), ("decoder", "1e-4"), ("cross_attention", "1e-4")):
         help_text = f"of the {part.replace('_', '-')} when it is pretrained (default: {default})"
         rates.add_argument(f"--{part}_lr", type=float, metavar="RATE", help=help_text)
@@ -83,7 +96,9 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="all captions of an image in one decoder sequence: the same loss, several times faster (default: on)",
     )
-    rest.add_argument("--help_all", action="store_true", help="show every flag of Seq2SeqTrainingArguments as well")
+    rest.add_argument(
+        "--help_all", action="store_true", help="show every flag of Seq2SeqTrainingArguments as well"
+    )
     rest.add_argument("--debug", action="store_true", help=cli.DEBUG_HELP)
     return parser
 
@@ -108,7 +123,9 @@ def check_rest(parser: argparse.ArgumentParser, rest: list[str]) -> None:
     """Refuse flags that nobody knows and numbers that are none, before anything heavy is imported."""
     types = training_argument_types()
     known = {option for action in parser._actions for option in action.option_strings}
-    known |= {f"--{name}" for name in types} | {f"--no_{name}" for name in types if types[name].startswith("bool")}
+    known |= {f"--{name}" for name in types} | {
+        f"--no_{name}" for name in types if types[name].startswith("bool")
+    }
     for position, word in enumerate(rest):
         if not word.startswith("--"):
             continue
@@ -125,8 +142,24 @@ def check_rest(parser: argparse.ArgumentParser, rest: list[str]) -> None:
                 float(value)
             except ValueError:
                 parser.error(f"{option} takes a number, not '{value}'")
-    if rest and not rest[0].startswith("-"):
-        parser.error(f"'{rest[0]}' belongs to no flag")
+
+
+def missing_cpu_processes() -> int:
+    """How many processes `accelerate launch --cpu --num_processes N` was asked for and left to MPI to start.
+
+    Without MPI it starts one, and tells it of the others by MASTER_ADDR only; N stands on its command line.
+    """
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
+    if not asked or {"RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):
+        return 0
+    import psutil  # accelerate needs it too
+
+    finder = argparse.ArgumentParser(add_help=False)
+    finder.add_argument("--num_processes", "--num-processes", type=int, default=0)
+    try:
+        return finder.parse_known_args(psutil.Process(os.getppid()).cmdline())[0].num_processes
+    except psutil.Error:
+        return 0
 
 
 def parse_arguments(argv: list[str] | None):
@@ -145,6 +178,12 @@ def parse_arguments(argv: list[str] | None):
                 "--resume_from_checkpoint auto, remove the folder, or name another"
             )
 
+        if processes := missing_cpu_processes():
+            cli.note(f"starting {processes} CPU processes with torch.distributed.run")
+            words = sys.argv[1:] if argv is None else argv
+            launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+            os.execv(sys.executable, [sys.executable, *launcher, os.path.abspath(__file__), *words])
+
     from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
     from captioning import model
@@ -161,12 +200,18 @@ def parse_arguments(argv: list[str] | None):
         own.append(f"--num_train_epochs={args.epochs}")
     trainer_parser.set_defaults(**device_defaults())
     try:
-        (training,) = trainer_parser.parse_args_into_dataclasses([*own, *rest])
+        training, unused = trainer_parser.parse_args_into_dataclasses(
+            [*own, *rest], return_remaining_strings=True
+        )
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(str(error).strip().splitlines()[0]) from error
+    if unused:
+        raise InputError(f"'{unused[0]}' belongs to no flag")
     for flag, must in (("predict_with_generate", True), ("remove_unused_columns", False)):
         if getattr(training, flag) != must:
-            raise InputError(f"--{flag} {not must} cannot work here: captions are generated from whole rows; leave it out")
+            raise InputError(
+                f"--{flag} {not must} cannot work here: captions are generated from whole rows; leave it out"
+            )
     return args, training
 
 
@@ -174,10 +219,12 @@ def device_defaults() -> dict[str, Any]:
     """What depends on the machine: half precision and the number of data workers."""
     import torch
 
+    forced_to_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = max(1, min(8, (os.cpu_count() or 1) // (2 * processes)))
     return {
-        "bf16": torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "use_cpu": forced_to_cpu,
+        "bf16": not forced_to_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
@@ -196,7 +243,9 @@ def load_data(args: argparse.Namespace):
     try:
         splits = load_from_disk(str(args.data_path))
     except (OSError, ValueError) as error:
-        raise InputError(f"--data_path '{args.data_path}' cannot be read ({error}); run dataloader.py again") from None
+        raise InputError(
+            f"--data_path '{args.data_path}' cannot be read ({error}); run dataloader.py again"
+        ) from None
     for split in ("train", "validation", "test"):
         if split not in splits or not len(splits[split]):
             raise InputError(f"--data_path '{args.data_path}' has no {split} images; run dataloader.py again")
@@ -245,7 +294,9 @@ def find_checkpoint(args: argparse.Namespace) -> str | None:
             cli.note(f"no checkpoint in '{args.output_dir}': starting anew")
         return found
     if not (Path(asked) / "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint '{asked}' is not a checkpoint folder; name a checkpoint-* or auto")
+        raise InputError(
+            f"--resume_from_checkpoint '{asked}' is not a checkpoint folder; name a checkpoint-* or auto"
+        )
     return asked
 
 
@@ -288,7 +339,9 @@ def main(argv: list[str] | None = None) -> int:
     bundle = model.Bundle(net, tokenizer, image_processor)
     rates = learning_rates(args, training, net, new)
     every, trained = model.count_parameters(net)
-    say(f"model: {args.encoder} -> {args.decoder}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained")
+    say(
+        f"model: {args.encoder} -> {args.decoder}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained"
+    )
     used = {part: rate for part, rate in rates.items() if not (part == "encoder" and args.freeze_encoder)}
     say("learning rates: " + ", ".join(f"{part} {rate:g}" for part, rate in used.items()))
 
@@ -319,14 +372,29 @@ def main(argv: list[str] | None = None) -> int:
         validation = strip(trainer.evaluate(), "eval_")
     test = strip(trainer.predict(datasets["test"]).metrics, "test_")
     if trainer.is_world_process_zero():
-        write_run(args, training, trainer, bundle, splits["test"], references, validation, test, description, report)
+        write_run(
+            args, training, trainer, bundle, splits["test"], references, validation, test, description, report
+        )
         print(table(validation, test))
-        say(f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ...")
+        say(
+            f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ..."
+        )
     trainer.accelerator.end_training()
     return 0
 
 
-SCORES = ("loss", "bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d", "rouge_1", "rouge_2", "rouge_lsum")
+SCORES = (
+    "loss",
+    "bleu_1",
+    "bleu_2",
+    "bleu_3",
+    "bleu_4",
+    "rouge_l",
+    "cider_d",
+    "rouge_1",
+    "rouge_2",
+    "rouge_lsum",
+)
 
 
 def strip(metrics: dict[str, float], prefix: str) -> dict[str, float]:
@@ -347,7 +415,9 @@ def table(validation: dict[str, float], test: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def write_run(args, training, trainer, bundle, test_rows, references, validation, test, description, report) -> None:
+def write_run(
+    args, training, trainer, bundle, test_rows, references, validation, test, description, report
+) -> None:
     """Everything in the run folder besides the checkpoints."""
     from captioning import model
 
@@ -356,7 +426,7 @@ def write_run(args, training, trainer, bundle, test_rows, references, validation
     predictions = trainer.predictions
     # COCO's results format, in the order of the split
     results = [{"image_id": i, "caption": predictions[i]} for i in test_rows["image_id"]]
-    (folder / "predictions_test.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    write_whole(folder / "predictions_test.json", json.dumps(results, indent=1) + "\n")
     content = {
         "protocol": PROTOCOL,
         "checkpoint": "best on validation" if trainer.state.best_global_step else "last",
@@ -372,8 +442,10 @@ def write_run(args, training, trainer, bundle, test_rows, references, validation
             **{name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "pillow")},
         },
     }
-    (folder / "results.json").write_text(json.dumps(content, indent=2, default=str) + "\n", encoding="utf-8")
-    report.draw_curves(trainer.state.log_history, folder / "training_curves.png", trainer.state.best_global_step)
+    write_whole(folder / "results.json", json.dumps(content, indent=2, default=str) + "\n")
+    report.draw_curves(
+        trainer.state.log_history, folder / "training_curves.png", trainer.state.best_global_step
+    )
     report.draw_gallery(
         [
             {"image": row["image"], "caption": predictions[row["image_id"]], "reference": row["captions"][0]}
@@ -381,7 +453,7 @@ def write_run(args, training, trainer, bundle, test_rows, references, validation
         ],
         folder / "gallery.png",
     )
-    (folder / "README.md").write_text(model_card(args, test, description), encoding="utf-8")
+    write_whole(folder / "README.md", model_card(args, test, description))
 
 
 def model_card(args: argparse.Namespace, test: dict[str, float], description: dict[str, Any]) -> str:

@@ -6,7 +6,6 @@ Nothing here opens an image: a record says where its file lies and what people w
 from __future__ import annotations
 
 import json
-import os
 import sys
 import zipfile
 from collections.abc import Iterable
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from captioning import InputError
+from captioning.files import write_whole
 
 COCO_URL = "http://images.cocodataset.org"
 PARTS = ("train2014", "val2014")
@@ -176,17 +176,6 @@ def fetch_annotations(cache_dir: Path, url: str = COCO_URL) -> Path:
     finally:
         archive.unlink(missing_ok=True)
     return cache_dir
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file so that it is either absent or whole, whoever else writes it at the same time."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    try:
-        part.write_bytes(data)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _download(url: str, path: Path) -> None:

@@ -24,7 +24,7 @@ from concurrent.futures import Future
 from pathlib import Path
 from urllib.parse import urljoin, urlsplit
 
-from PIL import Image, WebPImagePlugin  # noqa: F401  (the WebP plugin is not among those PIL preloads)
+from PIL import Image, ImageFile, WebPImagePlugin  # noqa: F401  (the WebP plugin is not among those PIL preloads)
 
 from captioning import InputError
 
@@ -149,11 +149,10 @@ def _fetch(url: str, max_bytes: int, timeout: float, deadline: float) -> bytes:
     bounds a server that sends its headers one byte at a time.
     """
     result: Future[bytes] = Future()
-    expires = time.monotonic() + deadline
 
     def work() -> None:
         try:
-            result.set_result(_download(url, max_bytes, timeout, expires))
+            result.set_result(_download(url, max_bytes, timeout, deadline))
         except Exception as error:
             result.set_exception(error)
 
@@ -164,10 +163,11 @@ def _fetch(url: str, max_bytes: int, timeout: float, deadline: float) -> bytes:
         raise InputError(_too_slow(url, deadline)) from None
 
 
-def _download(url: str, max_bytes: int, timeout: float, expires: float) -> bytes:
+def _download(url: str, max_bytes: int, timeout: float, deadline: float) -> bytes:
     import requests  # here, since it takes longer to import than the rest of this module
     import urllib3
 
+    began = time.monotonic()
     # `from None` below: the text of these errors can hold the whole address, password included.
     try:
         with requests.Session() as session:
@@ -184,7 +184,7 @@ def _download(url: str, max_bytes: int, timeout: float, expires: float) -> bytes
                 ) as response:
                     location = session.get_redirect_target(response)
                     if location is None:
-                        return _body(response, url, max_bytes, expires)
+                        return _body(response, url, max_bytes, began, deadline)
                     hop = _next_hop(hop, location, url)
             raise InputError(
                 f"cannot fetch {_shown(url)}: more than {MAX_REDIRECTS} redirects; use the final address"
@@ -227,7 +227,7 @@ def _next_hop(hop: str, location: str, url: str) -> str:
     return target
 
 
-def _body(response, url: str, max_bytes: int, expires: float) -> bytes:
+def _body(response, url: str, max_bytes: int, began: float, deadline: float) -> bytes:
     """Return the body of a streamed requests.Response, of `max_bytes` at most once decompressed."""
     if response.status_code != 200:
         raise InputError(
@@ -242,14 +242,12 @@ def _body(response, url: str, max_bytes: int, expires: float) -> bytes:
         )
     inflate = zlib.decompressobj(wbits=31) if "gzip" in encoding else None
     length = response.headers.get("Content-Length", "")
-    length = int(length) if re.fullmatch(r"[0-9]{1,18}", length) else None
-    if length is not None and length > max_bytes:
+    if re.fullmatch(r"[0-9]{1,18}", length) and int(length) > max_bytes:
         raise InputError(_too_large(url, max_bytes))
 
-    body, received = io.BytesIO(), 0
+    body = io.BytesIO()
     # read1 returns what one packet brought, where read would wait for a full block past the deadline.
     while chunk := response.raw.read1(65_536, decode_content=False):
-        received += len(chunk)
         if inflate:
             try:
                 chunk = inflate.decompress(chunk, max_bytes + 1 - body.tell())
@@ -258,9 +256,9 @@ def _body(response, url: str, max_bytes: int, expires: float) -> bytes:
         body.write(chunk)
         if body.tell() > max_bytes:
             raise InputError(_too_large(url, max_bytes))
-        if time.monotonic() > expires:  # nobody waits for this thread any more
-            raise InputError(_cut_short(url))
-    if (length is not None and received < length) or (inflate and not inflate.eof):
+        if time.monotonic() - began > deadline:  # nobody waits for this thread any more
+            raise InputError(_too_slow(url, deadline))
+    if inflate and not inflate.eof:  # urllib3 raises by itself for a body shorter than its Content-Length
         raise InputError(_cut_short(url))
     return body.getvalue()
 
@@ -326,7 +324,7 @@ class _Metered(io.BytesIO):
         return super().read(size)
 
 
-def _open(data: bytes, name: str) -> tuple[Image.Image, str, bytes]:
+def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
     """Return (PIL image not yet decoded, key of MAX_PIXELS, EXIF block where it is known by now)."""
     if not data:
         raise InputError(f"cannot use {_shown(name)}: it is empty; get it again or leave it out")

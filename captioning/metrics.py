@@ -10,12 +10,19 @@ of the `rouge_score` package. Plain Python; importing this module is cheap (no t
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
+from itertools import count, pairwise
+from typing import NamedTuple
 
 from captioning import InputError
 from captioning.ptb import tokenize
 
 COCO_KEYS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
+PROTOCOL = (
+    "one caption per image against all of its references; BLEU-1..4, ROUGE-L and CIDEr-D as in the official "
+    "COCO caption evaluation (PTB tokenisation, punctuation removed); ROUGE-1, ROUGE-2 and ROUGE-Lsum as in "
+    "rouge_score, best over the references"
+)
 ROUGE_KEYS = ("rouge_1", "rouge_2", "rouge_lsum")
 
 
@@ -40,9 +47,9 @@ def coco_scores(
                                same formula on that image alone; the corpus score is not their mean.
         rouge_l         0..1   F score with beta = 1.2 of the best precision and the best recall over the
                                references (Lin, 2004), mean over images.
-        cider_d         0..~10 CIDEr-D (Vedantam et al., 2015), n = 1..4, sigma = 6, mean over images. Document
-                               frequencies come from `references`, so the score of an image depends on the
-                               others, and a set of one image scores 0.
+        cider_d         0..~10 CIDEr-D (Vedantam et al., 2015), n = 1..4, sigma = 6, mean over images.
+                               Document frequencies come from `references`: the score of an image depends on
+                               the others, and a set of one image scores 0.
         rouge_1, rouge_2, rouge_lsum  0..1  what `rouge_score` gives on the raw strings without stemming
                                (use_stemmer=False): best F-measure over the references, mean over images.
 
@@ -52,21 +59,24 @@ def coco_scores(
         InputError: the ids differ, an image has no reference, or a caption is not a string.
     """
     _check(predictions, references)
-    ids = list(predictions)
-    hypotheses = tokenize([predictions[i] for i in ids])
-    flat = iter(tokenize([caption for i in ids for caption in references[i]]))
-    targets = [[next(flat) for _ in references[i]] for i in ids]
+    ids = list(references)
+    # Each dict in its own order, as in the official code: what follows a caption can matter to the tokenizer.
+    hypothesis_of = dict(zip(predictions, tokenize(predictions.values()), strict=True))
+    hypotheses = [hypothesis_of[i] for i in ids]
+    flat = tokenize([caption for captions in references.values() for caption in captions])
 
     # The official code splits on any white space for BLEU and CIDEr, and on " " alone for ROUGE-L. It matters
     # for an empty caption, which is no word for the former and one empty word for the latter, and for the
-    # no-break space that the tokenizer leaves inside phone numbers.
-    vocabulary = _Vocabulary()
-    hypothesis_ngrams = [vocabulary.ngrams(h) for h in hypotheses]
-    target_ngrams = [[vocabulary.ngrams(t) for t in ts] for ts in targets]
+    # no-break spaces that the tokenizer leaves inside phone numbers.
+    counted = _count_ngrams(hypotheses + flat)
+    counted, flat_counted = counted[: len(ids)], iter(counted[len(ids) :])
+    flat = iter(flat)
+    targets = [[next(flat) for _ in captions] for captions in references.values()]
+    counted_targets = [[next(flat_counted) for _ in captions] for captions in references.values()]
 
-    columns = _bleu(hypothesis_ngrams, target_ngrams)
+    columns = _bleu(counted, counted_targets)
     columns["rouge_l"] = _mean_and_each([_rouge_l(h, ts) for h, ts in zip(hypotheses, targets, strict=True)])
-    columns["cider_d"] = _mean_and_each(_cider_d(hypothesis_ngrams, target_ngrams))
+    columns["cider_d"] = _mean_and_each(_cider_d(counted, counted_targets))
     if rouge:
         rows = [_rouge_score(predictions[i], references[i]) for i in ids]
         for key, values in zip(ROUGE_KEYS, zip(*rows, strict=True) if rows else [(), (), ()], strict=True):
@@ -115,61 +125,72 @@ def _check(predictions, references) -> None:
                 )
 
 
-class _Vocabulary(dict):
-    """Words as small integers, and captions as counts of n-grams, n = 1..4.
+class _Counted(NamedTuple):
+    """A tokenised caption as n-grams."""
 
-    An n-gram is one integer, (n-1)-gram id and last word hashed together by a dictionary: cheaper to hash
-    and to compare than a tuple of strings, and each caption is walked once.
+    length: int  # words
+    counts: list[dict[int, int]]  # {1-gram: how often}, ..., {4-gram: how often}
+
+
+def _count_ngrams(captions: list[str]) -> list[_Counted]:
+    """Count the n-grams, n = 1..4, of tokenised captions.
+
+    Words are numbered from 1, and an n-gram is the integer that has its words' numbers as digits: unlike a
+    tuple of strings it is quick to make and to hash, and no work for the garbage collector.
     """
-
-    def ngrams(self, caption: str) -> tuple[int, list[dict]]:
-        """(number of words, [counts of 1-grams, ..., counts of 4-grams])."""
-        number = self.setdefault
-        words = [number(word, len(self)) for word in caption.split()]
-        counts = [Counter(words)]
-        grams = words
+    number = defaultdict(count(1).__next__)
+    rows = [[number[word] for word in caption.split()] for caption in captions]
+    bits = len(number).bit_length()
+    counted = []
+    for words in rows:
+        grams, counts = words, [_count(words)]
         for n in range(1, 4):
-            grams = [number(pair, len(self)) for pair in zip(grams, words[n:], strict=False)]
-            counts.append(Counter(grams))
-        return len(words), counts
+            grams = [gram << bits | word for gram, word in zip(grams, words[n:], strict=False)]
+            counts.append(_count(grams))
+        counted.append(_Counted(len(words), counts))
+    return counted
+
+
+def _count(items: list) -> dict:
+    """{item: how often}; `Counter` is slow to make, and few captions repeat anything."""
+    counts = dict.fromkeys(items, 1)
+    return counts if len(counts) == len(items) else Counter(items)
 
 
 def _mean_and_each(values: list[float]) -> tuple[float, list[float]]:
     return (math.fsum(values) / len(values) if values else 0.0), values
 
 
-def _bleu(hypotheses, targets) -> dict[str, tuple[float, list[float]]]:
-    """Corpus and per-image BLEU-1..4 of counted captions: {name: (score, [score of each image])}."""
-    total = [0] * 4, [0] * 4, 0, 0
-    correct_total, guess_total, length_total, target_total = total
-    each = []
-    for (length, counts), refs in zip(hypotheses, targets, strict=True):
-        correct = []
-        for n in range(4):
-            most = {}  # n-gram -> its largest count in any one reference
-            for _, ref_counts in refs:
-                for gram, count in ref_counts[n].items():
-                    if count > most.get(gram, 0):
-                        most[gram] = count
-            correct.append(sum(min(count, most.get(gram, 0)) for gram, count in counts[n].items()))
+def _bleu(hypotheses: list[_Counted], targets: list[list[_Counted]]) -> dict[str, tuple[float, list[float]]]:
+    """BLEU-1..4 as {name: (score of the corpus, [score of each image])}."""
+    each, total = [], [0] * 10
+    for hypothesis, references in zip(hypotheses, targets, strict=True):
+        length = hypothesis.length
+        correct = []  # n-grams that a reference has, as often as the reference that has them most
+        for n, counts in enumerate(hypothesis.counts):
+            matched = {}
+            for reference in references:
+                other = reference.counts[n]
+                for gram in counts.keys() & other.keys():
+                    matched[gram] = max(matched.get(gram, 0), min(counts[gram], other[gram]))
+            correct.append(sum(matched.values()))
         guess = [max(0, length - n) for n in range(4)]
-        target = min((abs(ref_length - length), ref_length) for ref_length, _ in refs)[1]
-        each.append(_bleu_from_counts(correct, guess, length, target))
-        correct_total = [a + b for a, b in zip(correct_total, correct, strict=True)]
-        guess_total = [a + b for a, b in zip(guess_total, guess, strict=True)]
-        length_total += length
-        target_total += target
-    corpus = _bleu_from_counts(correct_total, guess_total, length_total, target_total) if each else [0.0] * 4
+        closest = min([(abs(reference.length - length), reference.length) for reference in references])[1]
+        row = [*correct, *guess, length, closest]
+        each.append(_bleu_from_counts(row))
+        total = [a + b for a, b in zip(total, row, strict=True)]
+    corpus = _bleu_from_counts(total) if each else [0.0] * 4
     return {f"bleu_{n + 1}": (corpus[n], [scores[n] for scores in each]) for n in range(4)}
 
 
-def _bleu_from_counts(correct, guess, length, target) -> list[float]:
-    """BLEU-1..4 from matched n-grams, n-grams, length and closest reference length.
+def _bleu_from_counts(row: list[int]) -> list[float]:
+    """BLEU-1..4 from matched n-grams (4), n-grams (4), length, closest reference length.
 
     The two constants are the official code's; they decide the score when nothing matches.
     """
+    correct, guess, (length, closest) = row[:4], row[4:8], row[8:]
     tiny, small = 1e-15, 1e-9
-    ratio = (length + tiny) / (target + small)
+    ratio = (length + tiny) / (closest + small)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     product, scores = 1.0, []
     for n in range(4):
@@ -214,42 +235,39 @@ def _lcs(positions: dict[str, int], length: int, other: list[str]) -> int:
     return length - row.bit_count()
 
 
-def _cider_d(hypotheses, targets, sigma: float = 6.0) -> list[float]:
-    """CIDEr-D of each counted caption: mean over n and references of a clipped tf-idf cosine, times 10.
+def _cider_d(hypotheses: list[_Counted], targets: list[list[_Counted]], sigma: float = 6.0) -> list[float]:
+    """CIDEr-D of each image: mean over n and references of a clipped tf-idf cosine, times 10.
 
     Two official details are easy to lose: the length in the Gaussian penalty is the number of *bigrams*,
-    and an n-gram no reference has still gets the idf of one that occurs in a single image.
+    and an n-gram that no reference has gets the idf of one that occurs in a single image.
     """
     document_frequency = Counter()
-    for refs in targets:
-        document_frequency.update({gram for _, counts in refs for grams in counts for gram in grams})
-    log_images = math.log(len(targets)) if targets else 0.0
-    idf = {gram: log_images - math.log(count) for gram, count in document_frequency.items()}
+    for references in targets:
+        document_frequency.update(set().union(*[grams for ref in references for grams in ref.counts]))
+    log_images = math.log(max(1, len(targets)))
+    once = log_images**2  # squared idf of the n-grams of one image, which are most, and of those of none
+    squared_idf = {g: (log_images - math.log(df)) ** 2 for g, df in document_frequency.items() if df > 1}.get
 
-    def weigh(counts):
-        """[({n-gram: tf-idf}, norm) for each n]."""
-        vectors = []
-        for grams in counts:
-            vector = {gram: count * idf.get(gram, log_images) for gram, count in grams.items()}
-            vectors.append((vector, math.sqrt(sum([weight * weight for weight in vector.values()]))))
-        return vectors
+    def norm(grams: dict[int, int]) -> float:
+        return math.sqrt(sum([times * times * squared_idf(gram, once) for gram, times in grams.items()]))
 
     scores = []
-    for (length, counts), refs in zip(hypotheses, targets, strict=True):
-        vectors = weigh(counts)
+    for hypothesis, references in zip(hypotheses, targets, strict=True):
+        norms = list(map(norm, hypothesis.counts))
         score = 0.0
-        for ref_length, ref_counts in refs:
-            delta = max(length - 1, 0) - max(ref_length - 1, 0)
+        for reference in references:
             similarity = 0.0
-            for (vector, norm), (ref_vector, ref_norm) in zip(vectors, weigh(ref_counts), strict=True):
-                if norm and ref_norm:
-                    shared = [
-                        min(vector[gram], ref_vector[gram]) * ref_vector[gram]
-                        for gram in vector.keys() & ref_vector.keys()
+            for grams, others, grams_norm in zip(hypothesis.counts, reference.counts, norms, strict=True):
+                others_norm = norm(others)
+                if grams_norm and others_norm:
+                    products = [
+                        min(grams[gram], others[gram]) * others[gram] * squared_idf(gram, once)
+                        for gram in grams.keys() & others.keys()
                     ]
-                    similarity += sum(shared) / (norm * ref_norm)
+                    similarity += sum(products) / (grams_norm * others_norm)
+            delta = max(hypothesis.length - 1, 0) - max(reference.length - 1, 0)
             score += similarity * math.exp(-(delta**2) / (2 * sigma**2))
-        scores.append(10 * score / 4 / len(refs))
+        scores.append(10 * score / 4 / len(references))
     return scores
 
 
@@ -264,7 +282,7 @@ def _rouge_score(prediction: str, references: list[str]) -> tuple[float, float, 
 
         scorer = RougeScorer(["rouge1", "rouge2", "rougeLsum"], use_stemmer=False)
         best = scorer.score_multi(references, prediction)
-        return tuple(best[name].fmeasure for name in ("rouge1", "rouge2", "rougeLsum"))
+        return tuple(float(best[name].fmeasure) for name in ("rouge1", "rouge2", "rougeLsum"))
     words, ones, twos = _rouge_words(prediction)
     positions = _positions(words)
     best = [0.0, 0.0, 0.0]
@@ -285,7 +303,7 @@ def _rouge_score(prediction: str, references: list[str]) -> tuple[float, float, 
 def _rouge_words(text: str) -> tuple[list[str], Counter, Counter]:
     """The words of `rouge_score` (lower case, runs of a-z and 0-9), and the counts of its 1- and 2-grams."""
     words = re.findall(r"[a-z0-9]+", text.lower())
-    return words, Counter(words), Counter(zip(words, words[1:], strict=False))
+    return words, Counter(words), Counter(pairwise(words))
 
 
 def _coco_caption_metric():

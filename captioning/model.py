@@ -124,7 +124,11 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
             )
         )
     except (OSError, ValueError) as error:
-        reason = "is not on the Hugging Face hub" if _hub_is_reachable() else "is not here and the hub is not reachable"
+        reason = (
+            "is not on the Hugging Face hub"
+            if _hub_is_reachable()
+            else "is not here and the hub is not reachable"
+        )
         raise InputError(
             f"{what} '{name}' {reason} ({type(error).__name__}); "
             "name a local folder, an id that exists, or a preset: tiny, small, base"
@@ -134,7 +138,9 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
 def _require_safetensors(folder: Path, what: str) -> None:
     if any(folder.glob("*.safetensors")):
         return
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    pickled = sorted(
+        path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)
+    )
     if pickled:
         raise InputError(
             f"{what} '{folder}' holds pickled weights ({pickled[0]}), which can run code when they are opened; "
@@ -153,7 +159,9 @@ def _read_config(folder: Path, what: str):
     except OSError:
         raise InputError(f"{what} '{folder}' has no config.json; it is not a model folder") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{what} '{folder}' has a config.json that transformers cannot use: {error}") from None
+        raise InputError(
+            f"{what} '{folder}' has a config.json that transformers cannot use: {error}"
+        ) from None
 
 
 # ---- tokenizer and image processor
@@ -170,7 +178,9 @@ def load_tokenizer(name: str | os.PathLike, what: str = "--decoder") -> PreTrain
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{what} '{name}' has no usable tokenizer ({str(error).splitlines()[0]})") from None
     if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {what} '{name}' has no end-of-sequence token; name a GPT-2 style decoder")
+        raise InputError(
+            f"the tokenizer of {what} '{name}' has no end-of-sequence token; name a GPT-2 style decoder"
+        )
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -235,7 +245,9 @@ def _longest_of(size) -> int:
     size = dict(size)
     sides = [size[key] for key in ("shortest_edge", "height", "width") if size.get(key)]
     if not sides:
-        raise InputError(f"the image processor's size {size} names neither height and width nor shortest_edge")
+        raise InputError(
+            f"the image processor's size {size} names neither height and width nor shortest_edge"
+        )
     return max(sides)
 
 
@@ -245,7 +257,7 @@ def _longest_of(size) -> int:
 def build_encoder(name: str):
     """A vision encoder in float32 from a preset, a folder or a hub id."""
     if name in ENCODER_PRESETS:
-        return ViTModel(ViTConfig(**ENCODER_PRESETS[name]), add_pooling_layer=False)
+        return ViTModel(ViTConfig(**ENCODER_PRESETS[name]))
     folder = resolve(name, "--encoder")
     config = _read_config(folder, "--encoder")
     # CLIP and SigLIP come as two towers; captioning needs the one that sees.
@@ -259,7 +271,9 @@ def build_encoder(name: str):
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot load --encoder '{name}': {str(error).splitlines()[0]}") from None
     if encoder.main_input_name != "pixel_values" or not hasattr(encoder.config, "hidden_size"):
-        raise InputError(f"--encoder '{name}' is a {config.model_type}, not a vision encoder with patch states")
+        raise InputError(
+            f"--encoder '{name}' is a {config.model_type}, not a vision encoder with patch states"
+        )
     return encoder
 
 
@@ -327,7 +341,9 @@ def _freeze_unreachable(model: VisionEncoderDecoderModel) -> None:
     height, width = (side, side) if isinstance(side, int) else side
     pixels = torch.zeros(1, getattr(model.encoder.config, "num_channels", 3), height, width)
     with torch.enable_grad():
-        logits = model(pixel_values=pixels, decoder_input_ids=torch.tensor([[model.config.decoder_start_token_id]])).logits
+        logits = model(
+            pixel_values=pixels, decoder_input_ids=torch.tensor([[model.config.decoder_start_token_id]])
+        ).logits
     reached, pending = set(), [logits.grad_fn]
     visited = set(pending)
     while pending:
@@ -356,7 +372,11 @@ def new_parameters(model: VisionEncoderDecoderModel, encoder: str, decoder: str)
 
 def is_cross_attention(parameter: str) -> bool:
     """Whether a parameter belongs to what connects the decoder to the image."""
-    return ".crossattention." in parameter or ".ln_cross_attn." in parameter or parameter.startswith("enc_to_dec_proj")
+    return (
+        ".crossattention." in parameter
+        or ".ln_cross_attn." in parameter
+        or parameter.startswith("enc_to_dec_proj")
+    )
 
 
 def _stores_cross_attention(folder: Path) -> bool:
@@ -380,7 +400,9 @@ def load(path: str | os.PathLike) -> Bundle:
     folder = resolve(path, "--model_path")
     config = _read_config(folder, "--model_path")
     if config.model_type != "vision-encoder-decoder":
-        raise InputError(f"--model_path '{path}' is a {config.model_type}, not an image captioner; {BUNDLE_HINT}")
+        raise InputError(
+            f"--model_path '{path}' is a {config.model_type}, not an image captioner; {BUNDLE_HINT}"
+        )
     _require_safetensors(folder, "--model_path")
     try:
         model = VisionEncoderDecoderModel.from_pretrained(

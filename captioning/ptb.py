@@ -1,4 +1,4 @@
-r"""The tokenizer of the official COCO caption evaluation in Python: equal to it token for token, without Java.
+r"""The tokenizer of the official COCO caption evaluation: equal to it token for token, without Java.
 
 The official code pipes all captions, one a line, through Stanford's PTBTokenizer (CoreNLP 3.4.1,
 `-preserveLines -lowerCase`), and then drops punctuation. PTBTokenizer is a JFlex lexer: at each position the
@@ -33,15 +33,15 @@ def tokenize(captions: Iterable[str]) -> list[str]:
     but takes "\r", "\v", "\f", U+2028 and U+2029 as the end of the caption, and from there on gives every
     image the caption of another one.
     """
-    captions = [re.sub("[\n\r\v\f\u2028\u2029]", " ", caption) for caption in captions]
+    captions = [caption.replace("\n", " ") for caption in captions]
     if not captions:
         return []
-    lines = _tokenize("\n".join(captions)).split("\n")
+    lines = _tokenize(re.sub("[\r\v\f\u2028\u2029]", " ", "\n".join(captions))).split("\n")
     return [" ".join([w for w in line.rstrip().split(" ") if w not in PUNCTUATION]) for line in lines]
 
 
-# A short cut for speed: no rule for ASCII letters sees past a space, so words before one are tokens as they are,
-# but for those that the lexer splits.
+# A short cut for speed: no rule for ASCII letters alone sees past a space, so words before one are tokens as
+# they are, except for those that the lexer splits.
 _PLAIN = re.compile(r"((?!(?i:cannot|gonna|gotta|lemme|gimme|wanna) )[A-Za-z]+ )+")
 
 
@@ -88,6 +88,10 @@ def _word(text: str) -> str:
     return text.replace("\u00ad", "") or "-"
 
 
+def _full_stop(text: str) -> str:
+    return text + "."
+
+
 def _glue(text: str) -> str:
     return text.replace(" ", "\u00a0")
 
@@ -123,10 +127,25 @@ def _open_quote(text: str) -> str:
 
 
 _SYMBOLS = {
-    **{"(": "-LRB-", ")": "-RRB-", "[": "-LSB-", "]": "-RSB-", "{": "-LCB-", "}": "-RCB-"},
-    **{"<": "<", ">": ">", "&lt;": "<", "&gt;": ">", "\u00a2": "cents", "\u00a3": "#"},
-    **{"\u0080": "$", "\u00a4": "$", "\u20a0": "$", "\u20ac": "$"},
-    **{"\u00bc": "1/4", "\u00bd": "1/2", "\u00be": "3/4", "\u2153": "1/3", "\u2154": "2/3"},
+    "(": "-LRB-",
+    ")": "-RRB-",
+    "[": "-LSB-",
+    "]": "-RSB-",
+    "{": "-LCB-",
+    "}": "-RCB-",
+    "&lt;": "<",
+    "&gt;": ">",
+    "\u00a2": "cents",
+    "\u00a3": "#",
+    "\u0080": "$",
+    "\u00a4": "$",
+    "\u20a0": "$",
+    "\u20ac": "$",
+    "\u00bc": "1/4",
+    "\u00bd": "1/2",
+    "\u00be": "3/4",
+    "\u2153": "1/3",
+    "\u2154": "2/3",
 }
 
 
@@ -176,9 +195,7 @@ _NAMES = {
         r"Msgr|Sfc|vs|Alex|Wm|Jos|Cie|a\.k\.a|cf|TREAS|Ph|Invt|Elec|Natl|M[ft]g|Dept|[A-Za-z]|<acronym>"
     ),
     "numbering": "ca|figs?|prop|nos?|art|bldg|pp|op",
-    "acronym": (
-        r"[A-Za-z](\.[A-Za-z])+|(Canada|Sino|Korean|EU|Japan|non)-U\.S|U\.S\.-(U\.K|U\.S\.S\.R)"
-    ),
+    "acronym": r"[A-Za-z](\.[A-Za-z])+|(Canada|Sino|Korean|EU|Japan|non)-U\.S|U\.S\.-(U\.K|U\.S\.S\.R)",
     # Words that begin a sentence, so that the full stop after a single letter before them is one.
     "beginning": (
         "[A](bout|ccording|dditionally|fter|n|s|t)?|[B]ut|[E]arlier|[H](e|er|ere|owever)|[I](f|n|t)|[L]ast|"
@@ -190,7 +207,7 @@ _NAMES = {
         r"\<([!?][A-Za-z\-][^>\r\n]*|<tag name>( +<tag name>( *= *<tag value>)?)* *\/?|\/<tag name>) *\>"
     ),
     "tag name": r"[A-Za-z][A-Za-z0-9_:.\-]*",
-    "tag value": r"""'[^']*'|"[^"]*" """.strip(),
+    "tag value": r"'[^']*'|\"[^\"]*\"",
     "url end": r"[^ \t\n\f\r\"<>|.!?(){},-]",
     "site": (
         r"www\.([^ \t\n\f\r\"<>|.!?(){},]+\.)+[a-zA-Z]{2,4}|"
@@ -247,14 +264,17 @@ _RULES = (
     _Rule(_same, r"[A-Z]*\$|#"),
     _Rule(_symbol, r"[\u0080\u00a2-\u00a5\u060b\u0e3f\u20a0\u20a4\u20ac\uffe0\uffe1\uffe5\uffe6]"),
     # Fixed expressions, and words joined by slashes.
-    _Rule(_ampersand, r"-(L|R)(R|C|S)B-|C\.D\.s|pro-|anti-|S(&|&amp;)(P-500|Ls)|(Cap<apostrophe>n|c<apostrophe>est)"),
+    _Rule(
+        _ampersand,
+        r"-(L|R)(R|C|S)B-|C\.D\.s|pro-|anti-|S(&|&amp;)(P-500|Ls)|(Cap<apostrophe>n|c<apostrophe>est)",
+    ),
     _Rule(_same, r"<slash part>(\\?\/<slash part>){1,2}"),
     # Abbreviations and names with full stops.
     _Rule(_same, "[A-Za-z]", before=r"\.<blank>+(<beginning>)<blank>"),
     _Rule(_same, r"(<numbering>)\.", before="<blank>?<digit>"),
     _Rule(_same, r"(pt[eyEY]|co)\.", before="<space>(ltd|lim)"),
     _Rule(_same, r"(<ending>)\.", before="<any><any>"),
-    _Rule(_same, r"(<ending>)\.", give_back=1),
+    _Rule(_full_stop, "<ending>", before=r"\."),  # at the very end, the full stop counts twice
     _Rule(_same, r"(<leading>)\."),
     _Rule(_same, "<leading>", before="<space>"),
     _Rule(_same, "[A-Za-z]|<acronym>", before="<blank>"),
@@ -263,7 +283,8 @@ _RULES = (
     _Rule(_word, r"<word>\.", before="<pause>"),
     _Rule(
         _phone,
-        r"(\([0-9]{2,3}\)[ \u00a0]?|(\+\+?)?(<area>[- \u00a0])?<area>[- \u00a0])[0-9]{3,4}[- \u00a0]?[0-9]{3,5}|"
+        r"(\([0-9]{2,3}\)[ \u00a0]?|(\+\+?)?(<area>[- \u00a0])?<area>[- \u00a0])"
+        r"[0-9]{3,4}[- \u00a0]?[0-9]{3,5}|"
         r"((\+\+?)?<area>\.)?<area>\.[0-9]{3,4}\.[0-9]{3,5}",
     ),
     # Punctuation.
@@ -273,7 +294,8 @@ _RULES = (
     _Rule(_parentheses, r"[<>]?[:;=][\-o*']?([()DPdpO\\{@|]|\[|\])", before="[^A-Za-z0-9]"),
     _Rule(
         _parentheses,
-        r"[\^x=~<>]\.\[\^x=[^<]*\<\>\]|[-^x=~<>']_[-^x=~<>']|\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)",
+        r"[\^x=~<>]\.\[\^x=[^<]*\<\>\]|[-^x=~<>']_[-^x=~<>']|"
+        r"\([-^x=~<>'][_.]?[-^x=~<>']\)|\([\^x=~<>']-[\^x=~<>'`]\)",
     ),
     _Rule(_drop, r"-{3,4}|&(MD|mdash|ndash);|[\u0096\u0097\u2013-\u2015]"),
     _Rule(_drop, r"\.{3,5}|(\.[ \u00a0]){2,4}\.|[\u0085\u2026]"),
@@ -301,13 +323,14 @@ def _one_of(ranges: str) -> Callable[[str], re.Match | None]:
     return re.compile("[" + re.sub("[0-9A-F]{4}", r"\\u\g<0>", ranges).replace(" ", "") + "]").match
 
 
-# The official lexer knows the letters and digits of Unicode 6.2, without surrogates; these came later.
+# The official lexer knows the letters and digits of Unicode 6.2, up to U+FFFF; these came later.
 _is_later = _one_of(
-    "037F 0528-052F 0560 0588 05EF 0860-086A 0870-0887 0889-088E 08A1 08AD-08C9 0978 0980 09FC 0AF9 0C34 0C5A "
-    "0C5D 0C80 0CDD 0D04 0D54-0D56 0D5F 0DE6-0DEF 0E86 0E89 0E8C 0E8E-0E93 0E98 0EA0 0EA8-0EA9 0EAC 13F5 "
-    "13F8-13FD 16F1-16F8 170D 171F 1878 191D-191E 19B0-19C0 19C8-19C9 1B4C 1C80-1C8A 1C90-1CBA 1CBD-1CBF "
-    "1CF2-1CF3 1CFA 2C2F 2C5F 312E-312F 31BB-31BF 4DB6-4DBF 9FCD-9FFF A698-A69D A78F A794-A79F A7AB-A7CD "
-    "A7D0-A7DC A7F2-A7F7 A8FD-A8FE A9E0-A9E4 A9E6-A9EF A9F0-A9FE AA7E-AA7F AB30-AB5A AB5C-AB69 AB70-ABBF"
+    "037F 0528-052F 0560 0588 05EF 0860-086A 0870-0887 0889-088E 08A1 08AD-08C9 0978 0980 09FC 0AF9 0C34 "
+    "0C5A 0C5D 0C80 0CDD 0D04 0D54-0D56 0D5F 0DE6-0DEF 0E86 0E89 0E8C 0E8E-0E93 0E98 0EA0 0EA8-0EA9 0EAC "
+    "13F5 13F8-13FD 16F1-16F8 170D 171F 1878 191D-191E 19B0-19C0 19C8-19C9 1B4C 1C80-1C8A 1C90-1CBA "
+    "1CBD-1CBF 1CF2-1CF3 1CFA 2C2F 2C5F 312E-312F 31BB-31BF 4DB6-4DBF 9FCD-9FFF A698-A69D A78F A794-A79F "
+    "A7AB-A7CD A7D0-A7DC A7F2-A7F7 A8FD-A8FE A9E0-A9E4 A9E6-A9EF A9F0-A9FE AA7E-AA7F AB30-AB5A AB5C-AB69 "
+    "AB70-ABBF"
 )
 
 _CLASSES = {

@@ -7,10 +7,11 @@ Each is written whole or not at all, and the same input gives the same bytes.
 """
 
 import math
-from collections.abc import Callable
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
+
+from captioning.files import replacing
 
 # ---------------------------------------------------------------------------------------------------------
 # Curves
@@ -61,7 +62,8 @@ def draw_curves(log_history: list[dict], path: str | Path, best_step: int | None
     with matplotlib.rc_context(CURVES_STYLE):
         figure = curves_figure(log_history, best_step)
         # Without "Software", which names matplotlib's version, in the file.
-        _write_whole(path, lambda partial: figure.savefig(partial, format="png", metadata={"Software": None}))
+        with replacing(Path(path)) as part:
+            figure.savefig(part, format="png", metadata={"Software": None})
 
 
 def curves_figure(log_history: list[dict], best_step: int | None = None):
@@ -224,7 +226,8 @@ def draw_gallery(items: list[dict], path: str | Path, columns: int = 4) -> None:
     # 6 bits a channel: a third fewer bytes, and no eye sees it. A palette would be smaller still, but one of
     # 256 colours for twenty photographs shows bands and specks.
     page = page.point([round(round(value * 63 / 255) * 255 / 63) for value in range(256)] * 3)
-    _write_whole(path, lambda partial: page.save(partial, format="PNG", optimize=True))
+    with replacing(Path(path)) as part:
+        page.save(part, format="PNG", optimize=True)
 
 
 def gallery_page(items: list[dict], columns: int = 4) -> Image.Image:
@@ -334,14 +337,3 @@ def _line_height(font: ImageFont.FreeTypeFont) -> int:
 
 
 # ---------------------------------------------------------------------------------------------------------
-
-
-def _write_whole(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` fill a temporary file beside `path`, then rename it: nobody ever sees half a picture."""
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        write(partial)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)

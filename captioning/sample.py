@@ -31,7 +31,9 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 # Shared by nobody but the test split: one colour of each shape.
-HELD_OUT = {(colour, shape) for i, colour in enumerate(COLOURS) for j, shape in enumerate(SHAPES) if i == j + 1}
+HELD_OUT = {
+    (colour, shape) for i, colour in enumerate(COLOURS) for j, shape in enumerate(SHAPES) if i == j + 1
+}
 SEEN = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT]
 SPLITS = {"train": 600, "val": 80, "test": 120}
 GRAYSCALE = {"train": 9, "val": 3}  # files of mode L, so that the RGB filter has work
@@ -58,9 +60,17 @@ def draw(root: Path, seed: int = 0) -> Path:
             image_id = len(images) + 1
             name = f"COCO_{folder}_{image_id:012d}.jpg"
             _save(scene, root / folder / name)
-            sentences = [{"raw": caption, "tokens": caption.lower().rstrip(".").split()} for caption in captions]
+            sentences = [
+                {"raw": caption, "tokens": caption.lower().rstrip(".").split()} for caption in captions
+            ]
             images.append(
-                {"cocoid": image_id, "filepath": folder, "filename": name, "split": split, "sentences": sentences}
+                {
+                    "cocoid": image_id,
+                    "filepath": folder,
+                    "filename": name,
+                    "split": split,
+                    "sentences": sentences,
+                }
             )
     for number in range(UNLABELLED):
         scene, _ = draw_scene(rng, unseen=True)
@@ -103,7 +113,8 @@ def _draw_several(rng: random.Random, background: str, colour: str, shape: str) 
     count = rng.choice(sorted(NUMBERS))
     corners = rng.sample([(34, 34), (94, 34), (34, 94), (94, 94)], count)
     items = [
-        (colour, shape, (x + rng.uniform(-9, 9), y + rng.uniform(-9, 9)), rng.uniform(15, 20)) for x, y in corners
+        (colour, shape, (x + rng.uniform(-9, 9), y + rng.uniform(-9, 9)), rng.uniform(15, 20))
+        for x, y in corners
     ]
     number = NUMBERS[count]
     captions = [
@@ -125,7 +136,9 @@ def _draw_two(rng: random.Random, background: str, first: tuple[str, str], secon
         centres = [(along[0], across), (along[1], across + drift)]
     else:
         centres = [(across, along[0]), (across + drift, along[1])]
-    items = [(*thing, centre, rng.uniform(16, 22)) for thing, centre in zip((first, second), centres, strict=True)]
+    items = [
+        (*thing, centre, rng.uniform(16, 22)) for thing, centre in zip((first, second), centres, strict=True)
+    ]
     a, b = (f"{colour} {shape}" for colour, shape in (first, second))
     inverse = RELATIONS[relation]
     captions = [
@@ -138,7 +151,9 @@ def _draw_two(rng: random.Random, background: str, first: tuple[str, str], secon
     return _paint(rng, background, items), captions
 
 
-def _paint(rng: random.Random, background: str, items: list[tuple[str, str, tuple[float, float], float]]) -> Image.Image:
+def _paint(
+    rng: random.Random, background: str, items: list[tuple[str, str, tuple[float, float], float]]
+) -> Image.Image:
     scale = 3  # drawn larger and reduced, for smooth edges
     image = Image.new("RGB", (SIDE * scale, SIDE * scale), _vary(rng, BACKGROUNDS[background], 5))
     pen = ImageDraw.Draw(image)
@@ -168,7 +183,8 @@ def _coco_annotations(images: list[dict[str, Any]], folder: str) -> dict[str, An
         "licenses": [],
         "type": "captions",
         "images": [
-            {"id": image["cocoid"], "file_name": image["filename"], "height": SIDE, "width": SIDE} for image in chosen
+            {"id": image["cocoid"], "file_name": image["filename"], "height": SIDE, "width": SIDE}
+            for image in chosen
         ],
         "annotations": [
             {"id": image["cocoid"] * 10 + number, "image_id": image["cocoid"], "caption": sentence["raw"]}

@@ -7,10 +7,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import Seq2SeqTrainer
+from transformers import Seq2SeqTrainer, VisionEncoderDecoderModel
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioning import InputError
@@ -62,7 +63,11 @@ class CaptionTrainer(Seq2SeqTrainer):
     """
 
     def __init__(
-        self, bundle: Bundle, references: Mapping[int, list[str]], learning_rates: Mapping[str, float], **kwargs
+        self,
+        bundle: Bundle,
+        references: Mapping[int, list[str]],
+        learning_rates: Mapping[str, float],
+        **kwargs,
     ):
         args = kwargs["args"]
         super().__init__(
@@ -97,7 +102,9 @@ class CaptionTrainer(Seq2SeqTrainer):
             mask = packed_attention_mask(inputs.pop("segment_ids"))
             if self.bundle.model.decoder.config._attn_implementation == "eager":
                 # Eager attention adds its mask to the scores.
-                mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+                mask = torch.zeros(mask.shape, device=mask.device).masked_fill(
+                    ~mask, torch.finfo(torch.float32).min
+                )
             inputs["decoder_attention_mask"] = mask
         inputs["use_cache"] = False
         return inputs
@@ -118,6 +125,29 @@ class CaptionTrainer(Seq2SeqTrainer):
                     groups.append({**group, "params": parameters, "lr": self.learning_rates[part]})
         optimizer.param_groups = groups
         return optimizer
+
+    # ---- checkpoints
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return self._restore(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        return self._restore(self.state.best_model_checkpoint)
+
+    def _restore(self, checkpoint: str) -> None:
+        """Load a checkpoint's weights, every one of them.
+
+        transformers 5 saves ViT layers under other names than the model has, and its Trainer reads them back with
+        `strict=False`: the encoder then silently keeps the weights it had. `from_pretrained` knows the names.
+        """
+        saved = VisionEncoderDecoderModel.from_pretrained(
+            checkpoint, dtype=torch.float32, use_safetensors=True
+        )
+        self.model.load_state_dict(saved.state_dict())
 
     # ---- evaluation
 
@@ -141,28 +171,42 @@ class CaptionTrainer(Seq2SeqTrainer):
         summed = zeros.index_add(0, image_of_row, losses.sum(1))
         counted = zeros.index_add(0, image_of_row, (labels != IGNORED).sum(1).to(zeros.dtype))
 
-        first_row_of_image = torch.searchsorted(image_of_row, torch.arange(len(image_id), device=image_of_row.device))
+        first_row_of_image = torch.searchsorted(
+            image_of_row, torch.arange(len(image_id), device=image_of_row.device)
+        )
         with torch.inference_mode():
             tokens = self.model.generate(
-                pixel_values=inputs["pixel_values"][first_row_of_image], **{**self._generation_settings(), **generation}
+                pixel_values=inputs["pixel_values"][first_row_of_image],
+                **{**self._generation_settings(), **generation},
             )
         return None, (tokens.clone(), summed, counted), image_id
 
     def _generation_settings(self) -> dict[str, Any]:
-        settings = {"num_beams": self.args.generation_num_beams, "max_length": self.args.generation_max_length}
+        settings = {
+            "num_beams": self.args.generation_num_beams,
+            "max_length": self.args.generation_max_length,
+        }
         return {name: value for name, value in settings.items() if value is not None}
 
+    def evaluation_loop(self, dataloader, *args, **kwargs):
+        self._images = len(dataloader.dataset)
+        return super().evaluation_loop(dataloader, *args, **kwargs)
+
     def _score(self, evaluation) -> dict[str, float]:
-        """Scores of an evaluated split; every image counts once, however many processes took part."""
+        """Scores of an evaluated split; every image counts once, however many processes took part.
+
+        Processes that run out of images repeat some, so that all have as many batches: the second time is left out.
+        """
         tokens, summed, counted = evaluation.predictions
-        tokens[tokens == IGNORED] = self.bundle.tokenizer.pad_token_id
-        captions = decode(self.bundle.tokenizer, tokens)
-        ids = evaluation.label_ids.tolist()
-        self.predictions = dict(zip(ids, captions, strict=True))
-        if len(self.predictions) != len(ids):
-            raise RuntimeError(f"{len(ids) - len(self.predictions)} images were scored twice")
-        scores = coco_scores(self.predictions, {image_id: self.references[image_id] for image_id in ids})
-        return {"loss": float(summed.sum() / counted.sum()), **scores}
+        ids, first = np.unique(evaluation.label_ids, return_index=True)
+        if len(ids) != self._images:
+            raise RuntimeError(f"{len(ids):,} images came back from an evaluation of {self._images:,}")
+        tokens = np.where(tokens == IGNORED, self.bundle.tokenizer.pad_token_id, tokens)[first]
+        self.predictions = dict(zip(ids.tolist(), decode(self.bundle.tokenizer, tokens), strict=True))
+        scores = coco_scores(
+            self.predictions, {image_id: self.references[image_id] for image_id in self.predictions}
+        )
+        return {"loss": float(summed[first].sum() / counted[first].sum()), **scores}
 
 
 class Progress(ProgressCallback):
@@ -188,8 +232,12 @@ class Progress(ProgressCallback):
             if self.training_bar is not None:
                 self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
         if "eval_loss" in logs:
-            scores = "  ".join(f"{name} {logs['eval_' + key]:.3f}" for key, name in SHOWN if "eval_" + key in logs)
-            tqdm.write(f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}", file=sys.stderr)
+            scores = "  ".join(
+                f"{name} {logs['eval_' + key]:.3f}" for key, name in SHOWN if "eval_" + key in logs
+            )
+            tqdm.write(
+                f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}", file=sys.stderr
+            )
 
 
 SHOWN = (("bleu_1", "BLEU-1"), ("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider_d", "CIDEr-D"))

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 import time
+import tracemalloc
 import warnings
 import zlib
 from pathlib import Path
@@ -430,8 +431,10 @@ def test_a_real_bomb_of_900_million_pixels():
 
 def test_pils_own_limit_is_left_as_it_was():
     before, filters = Image.MAX_IMAGE_PIXELS, list(warnings.filters)
-    open_image_bytes(encoded(drawing()))
-    refusal(decode, png_of(10_000, 10_000, [b""]), "bomb")  # PIL itself only warns of this one
+    with warnings.catch_warnings(record=True) as printed:
+        open_image_bytes(encoded(drawing()))
+        refusal(decode, png_of(10_000, 10_000, [b""]), "bomb")  # PIL itself only warns of this one
+    assert not printed
     assert before == Image.MAX_IMAGE_PIXELS
     assert warnings.filters == filters
 
@@ -453,6 +456,12 @@ def test_an_exif_bomb_is_not_unpacked():
     assert peak < 150
 
 
+def with_tables(data: bytes, segments: int) -> bytes:
+    """A JPEG with a thousand more quantisation tables in each of some segments, to no effect."""
+    tables = b"\xff\xdb" + struct.pack(">H", 65_002) + (b"\3" + b"\1" * 64) * 1000
+    return data[:20] + tables * segments + data[20:]
+
+
 @pytest.mark.parametrize(
     "data",
     [
@@ -460,13 +469,14 @@ def test_an_exif_bomb_is_not_unpacked():
         b"GIF89a" + bytes([9, 0, 9, 0, 0, 0, 0]) + b"!\xfe\0" * 4_000_000,
         b"\xff\xd8" + b"\xff\xe5\0\2" * 3_000_000,
         b"\xff\xd8" + b"\xff" * 10_000_000,
-        b"\xff\xd8\xff\xe0\0\2" + b"\xff\xdb\0\x43" + bytes(65) * 100_000,
+        with_tables(encoded(Image.new("L", (9, 9)), "JPEG"), 100),
         b"\x89PNG\r\n\x1a\n" + b"\0\0\0\0tEXt\xc1\xd0\x91\xe8" * 1_000_000,
         png_of(9, 9, [b""] * 90_000),
     ],
     ids=["gif-comment", "gif-blocks", "jpeg-segments", "jpeg-padding", "jpeg-tables", "png-text", "png-idat"],
 )
 def test_millions_of_empty_pieces_do_not_hang(data):
+    assert open_image_bytes(with_tables(encoded(Image.new("L", (9, 9)), "JPEG"), 1)).size == (9, 9)
     began = time.monotonic()
     refusal(open_image_bytes, data)
     assert time.monotonic() - began < 5
@@ -686,13 +696,20 @@ def test_an_abandoned_download_stops(server):
         endless(),
         stall(b"", claimed=10**15),
         body(gzip.compress(bytes(1001)), Content_Encoding="gzip"),
-        body(gzip.compress(bytes(50_000_000)), Content_Encoding="gzip"),
     ],
-    ids=["length", "unsized", "chunked", "endless", "claimed", "gzip", "gzip-bomb"],
+    ids=["length", "unsized", "chunked", "endless", "claimed", "gzip"],
 )
 def test_too_large_a_body(server, route):
     server.routes["/x"] = route
     assert "more than 1,000 bytes" in refusal(read_bytes, server.url("/x"), max_bytes=1000)
+
+
+def test_a_gzip_bomb_is_not_unpacked(server):
+    server.routes["/x"] = body(gzip.compress(bytes(50_000_000)), Content_Encoding="gzip")
+    tracemalloc.start()
+    refusal(read_bytes, server.url("/x"), max_bytes=100_000)  # the compressed body is smaller
+    assert tracemalloc.get_traced_memory()[1] < 10_000_000
+    tracemalloc.stop()
 
 
 @pytest.mark.parametrize(

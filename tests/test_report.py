@@ -11,6 +11,7 @@ from matplotlib.text import Text
 from PIL import Image
 
 from captioning import report
+from captioning.files import replacing
 
 WORDS = "a small brown dog with a red ball runs across the wet grass of a park while two children watch it"
 
@@ -250,12 +251,9 @@ def test_a_failure_leaves_the_old_picture_and_nothing_else(tmp_path):
     path = tmp_path / "picture.png"
     path.write_bytes(b"old")
 
-    def fail_half_way(partial):
-        partial.write_bytes(b"half")
+    with pytest.raises(OSError, match="disk full"), replacing(path) as part:
+        part.write_bytes(b"half")
         raise OSError("disk full")
-
-    with pytest.raises(OSError, match="disk full"):
-        report._write_whole(path, fail_half_way)
     with pytest.raises(KeyError):
         report.draw_gallery([{"caption": "no picture"}], path)
     assert list(tmp_path.iterdir()) == [path] and path.read_bytes() == b"old"

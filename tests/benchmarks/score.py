@@ -39,7 +39,9 @@ def main(argv=None) -> None:
     shared = Path(os.environ.get("CAPTIONING_SHARED", ROOT.parent / "shared"))
     jobs = benchmark_jobs(read_captions(shared))
     if not jobs:
-        raise SystemExit(f"There are no captions in {shared}: set CAPTIONING_SHARED to a folder that has them.")
+        raise SystemExit(
+            f"There are no captions in {shared}: set CAPTIONING_SHARED to a folder that has them."
+        )
     reason = why_no_oracle(args.oracle_python)
     if reason:
         print(f"**The official evaluation is absent ({reason}): no comparison, only our own times.**\n")
@@ -105,9 +107,7 @@ def benchmark_jobs(datasets: dict[str, list[list[str]]]) -> dict[str, dict]:
         return jobs
     images = [captions for captions in list(datasets.values())[-1] if len(captions) > 1]
     rng = random.Random(0)
-    jobs["1,000 perturbed"] = _job(
-        [(perturb(captions[0], rng), captions[1:]) for captions in images[:1000]]
-    )
+    jobs["1,000 perturbed"] = _job([(perturb(captions[0], rng), captions[1:]) for captions in images[:1000]])
     for count in (1, 2, 10):
         jobs[f"{count} image(s)"] = _job([(captions[0], captions[1:]) for captions in images[:count]])
     shifted = [captions[0] for captions in images[1:5000] + images[:1]]
@@ -155,7 +155,9 @@ def compare(mine: dict, official: dict | None) -> list[str]:
     """Token mismatches, and the largest relative difference of every score and of all scores per image."""
     if official is None:
         return ["-"] * (2 + len(COCO_KEYS))
-    tokens = [caption for captions in official["references"] for caption in captions] + official["predictions"]
+    tokens = [caption for captions in official["references"] for caption in captions] + official[
+        "predictions"
+    ]
     mismatches = sum(a != b for a, b in zip(mine["references"] + mine["predictions"], tokens, strict=True))
     pairs = list(zip(mine["per_image"], official["per_image"], strict=True))
     return [

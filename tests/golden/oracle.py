@@ -2,10 +2,11 @@
 
     python tests/golden/oracle.py < jobs.json > results.json
 
-A job is {"predictions": [caption, ...], "references": [[caption, ...], ...]}, one entry per image, and its
-result {"predictions": tokens, "references": tokens, "scores": {...}, "per_image": [{...}, ...], "seconds": s}
-with the names of `captioning.metrics`; scores only if there is a prediction. It is run as a process of its own,
-so that pycocoevalcap can live in another environment.
+A job is {"predictions": [caption, ...], "references": [[caption, ...], ...]}, one entry per image. Its result
+is {"predictions": [tokens, ...], "references": [[tokens, ...], ...], "scores": {...}, "per_image": [{...}],
+"seconds": s} with the names of `captioning.metrics`. Without predictions there are only tokens.
+
+It runs as a process of its own, so that pycocoevalcap can live in another environment.
 """
 
 import json

@@ -1,0 +1,63 @@
+"""What several test files share: the scripts as a user runs them, and one small prepared data set."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# A test must never depend on a hub, nor wait for one.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+
+def script(name: str, *arguments, timeout: float = 240) -> subprocess.CompletedProcess:
+    """Run a script of the top level as a user does, in a process of its own."""
+    command = [sys.executable, str(ROOT / name), *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def shared_folder() -> Path | None:
+    """Real images and weights, where there are some: $CAPTIONING_SHARED, by default ../shared."""
+    folder = Path(os.environ.get("CAPTIONING_SHARED", ROOT.parent / "shared"))
+    return folder if folder.is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    folder = shared_folder()
+    if folder is None:
+        pytest.skip("needs real images and weights: set CAPTIONING_SHARED to the folder that holds coco2014/")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def prepared(tmp_path_factory) -> Path:
+    """The drawn sample data set, prepared for the tiny presets by `dataloader.py` as a user would run it."""
+    folder = tmp_path_factory.mktemp("prepared") / "processed_data"
+    done = script("dataloader.py", "--sample", "--encoder=tiny", "--decoder=tiny", f"--save_path={folder}")
+    assert done.returncode == 0, done.stderr
+    (folder.parent / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def trained(prepared, tmp_path_factory) -> Path:
+    """A run folder after two epochs, made by `train.py` as a user would run it."""
+    folder = tmp_path_factory.mktemp("trained") / "run"
+    done = script(
+        "train.py",
+        f"--data_path={prepared}",
+        f"--output_dir={folder}",
+        "--epochs=2",
+        "--learning_rate=1e-3",
+        "--per_device_train_batch_size=64",
+    )
+    assert done.returncode == 0, done.stderr
+    (folder.parent / "stdout.txt").write_text(done.stdout)
+    (folder.parent / "stderr.txt").write_text(done.stderr)
+    return folder

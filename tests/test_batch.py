@@ -1,0 +1,108 @@
+"""Rows -> tensors: one end token, masking by length, packing, and pixels equal to the image processor's own."""
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from captioning import batch, model
+
+CAPTIONS = ["a dog runs", "a dog runs on the grass", "dog"]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return model.train_tokenizer(CAPTIONS * 3, 400)
+
+
+def rows(*groups):
+    return [
+        {"image_id": 10 + i, "pixels": np.full((3, 4, 4), i, np.uint8), "labels": labels}
+        for i, labels in enumerate(groups)
+    ]
+
+
+def test_every_caption_ends_in_exactly_one_eos(tokenizer):
+    labels, truncated = batch.encode_captions(tokenizer, [*CAPTIONS, "", "a <|endoftext|> dog"], 100)
+    eos = tokenizer.eos_token_id
+    assert truncated == 0
+    assert [ids.count(eos) for ids in labels] == [1] * 5
+    assert all(ids[-1] == eos for ids in labels)
+    assert labels[3] == [eos]
+
+
+def test_truncation_keeps_the_eos(tokenizer):
+    full, _ = batch.encode_captions(tokenizer, CAPTIONS, 100)
+    cut, truncated = batch.encode_captions(tokenizer, CAPTIONS, 4)
+    assert truncated == 1
+    assert cut[1] == [*full[1][:3], tokenizer.eos_token_id]
+    assert cut[0] == full[0]  # three words and the end: exactly 4
+
+
+def test_padding_is_masked_by_length_and_eos_is_not():
+    # Padding and end token are the same id, as in GPT-2.
+    one_per_row = batch.Collator(start_token_id=0, pad_token_id=0, packed=False)(
+        rows([[5, 6, 0], [7, 0]], [[8, 0]])
+    )
+    assert one_per_row["labels"].tolist() == [[5, 6, 0], [7, 0, -100], [8, 0, -100]]
+    assert one_per_row["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 7, 0], [0, 8, 0]]
+    assert one_per_row["pixel_values"][:, 0, 0, 0].tolist() == [0, 0, 1]
+    assert one_per_row["image_of_row"].tolist() == [0, 0, 1]
+
+
+def test_packing_puts_all_captions_of_an_image_in_one_row():
+    packed = batch.Collator(start_token_id=9, pad_token_id=0)(rows([[5, 6, 0], [7, 0]], [[8, 0]]))
+    assert packed["labels"].tolist() == [[5, 6, 0, 7, 0], [8, 0, -100, -100, -100]]
+    assert packed["decoder_input_ids"].tolist() == [[9, 5, 6, 9, 7], [9, 8, 0, 0, 0]]
+    assert packed["decoder_position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
+    assert packed["segment_ids"].tolist() == [[0, 0, 0, 1, 1], [0, 0, -1, -1, -1]]
+    assert packed["image_id"].tolist() == [10, 11]
+
+
+def test_the_mask_is_causal_within_a_caption_and_never_empty():
+    mask = batch.packed_attention_mask(torch.tensor([[0, 0, 1, 1, -1]]))[0, 0]
+    assert mask.int().tolist() == [
+        [1, 0, 0, 0, 0],
+        [1, 1, 0, 0, 0],
+        [0, 0, 1, 0, 0],
+        [0, 0, 1, 1, 0],
+        [0, 0, 0, 0, 1],
+    ]
+
+
+@pytest.mark.parametrize(
+    "processor",
+    [
+        ViTImageProcessorPil(),
+        ViTImageProcessorPil(size={"height": 32, "width": 32}, resample=3),
+        BitImageProcessorPil(size={"shortest_edge": 40}, crop_size={"height": 36, "width": 36}, resample=3),
+        CLIPImageProcessorPil(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}),
+        ViTImageProcessorPil(size={"height": 32, "width": 32}, do_normalize=False),
+    ],
+    ids=["vit", "vit-small", "dinov2", "clip", "not-normalised"],
+)
+def test_pixels_equal_the_image_processor(processor):
+    image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (57, 75, 3), dtype=np.uint8))
+    pixels = batch.Pixels(processor)
+    array = pixels(image)
+    assert array.dtype == np.uint8
+    ours = pixels.normalise(torch.from_numpy(array)[None])
+    theirs = processor(image, return_tensors="pt").pixel_values
+    torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=0)
+
+
+def test_rows_of_a_prepared_folder(prepared):
+    from datasets import load_from_disk
+
+    processor = model.load_image_processor(prepared)
+    split = load_from_disk(str(prepared))["train"]
+    row = batch.CaptionDataset(split, batch.Pixels(processor))[3]
+    assert row["image_id"] == split[3]["image_id"]
+    assert row["labels"] == split[3]["labels"]
+    expected = processor(
+        split[3]["image"], do_rescale=False, do_normalize=False, return_tensors="np"
+    ).pixel_values[0]
+    assert (row["pixels"] == expected).all()

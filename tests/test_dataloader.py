@@ -1,0 +1,278 @@
+"""Stage 1: exactly N RGB images, split by image, tokenised with one end token each, written whole."""
+
+import filecmp
+import json
+import random
+from collections import Counter
+
+import pytest
+from conftest import script
+from datasets import load_from_disk
+from PIL import Image
+from test_coco import coco_folder, write
+
+import dataloader
+from captioning import InputError
+from captioning.model import load_tokenizer
+
+
+def photographs(folder, names, mode="RGB", size=(96, 80)):
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in names:
+        noise = Image.frombytes("RGB", (12, 10), random.Random(str(name)).randbytes(360))
+        noise.resize(size).convert(mode).save(folder / name, quality=90)
+
+
+@pytest.fixture(scope="module")
+def coco_dir(tmp_path_factory):
+    """30 train2014 and 20 val2014 images; 4 and 3 of them not RGB, 1 missing, 1 broken, 1 without captions."""
+    root = tmp_path_factory.mktemp("coco")
+    captions = ["A small dog runs.", "a dog   is running\n", "Dog"]
+    train = {i: captions for i in range(1, 31)} | {30: ["  "]}
+    coco_folder(root, train, {i: captions for i in range(101, 121)})
+    train_names = [f"COCO_train2014_{i:012d}.jpg" for i in range(1, 31)]
+    val_names = [f"COCO_val2014_{i:012d}.jpg" for i in range(101, 121)]
+    photographs(root / "train2014", train_names)
+    photographs(root / "val2014", val_names)
+    photographs(root / "train2014", train_names[:3], "L")
+    photographs(root / "train2014", train_names[3:4], "CMYK")
+    photographs(root / "val2014", val_names[:3], "L")
+    (root / "train2014" / train_names[5]).unlink()
+    broken = root / "train2014" / train_names[6]
+    broken.write_bytes(broken.read_bytes()[:400])
+    return root
+
+
+def prepare(coco_dir, save_path, *arguments):
+    code = dataloader.main(
+        [
+            f"--coco_dir={coco_dir}",
+            f"--save_path={save_path}",
+            "--encoder=tiny",
+            "--decoder=tiny",
+            "--num_proc=1",
+            *map(str, arguments),
+        ]
+    )
+    assert code == 0
+    return load_from_disk(str(save_path)), json.loads((save_path / "dataset.json").read_text())
+
+
+def ids(splits):
+    return {name: rows["image_id"] for name, rows in splits.items()}
+
+
+def test_exactly_n_images_split_by_image(coco_dir, tmp_path):
+    splits, _ = prepare(
+        coco_dir, tmp_path / "out", "--limit_data", 20, "--val_share", 0.2, "--test_share", 0.1
+    )
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 14, "validation": 4, "test": 2}
+    every = [i for values in ids(splits).values() for i in values]
+    assert len(set(every)) == 20
+    assert all(i < 100 for i in splits["train"]["image_id"])
+    assert all(i > 100 for name in ("validation", "test") for i in splits[name]["image_id"])
+
+
+def test_train_is_filled_from_val2014_where_train2014_is_short(coco_dir, tmp_path):
+    splits, description = prepare(coco_dir, tmp_path / "out", "--limit_data", 38)
+    # 23 usable images in train2014: the other 7 come from val2014.
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 30, "validation": 4, "test": 4}
+    assert sum(i > 100 for i in splits["train"]["image_id"]) == 7
+    assert len({i for values in ids(splits).values() for i in values}) == 38
+    assert description["dropped"]["mode CMYK"] == 1
+
+
+def test_all_there_are_is_said_and_drops_are_counted_by_reason(coco_dir, tmp_path, capsys):
+    splits, description = prepare(coco_dir, tmp_path / "out", "--limit_data", 2000)
+    assert sum(map(len, splits.values())) == 40
+    assert description["dropped"] == {
+        "mode CMYK": 1,
+        "mode L": 6,
+        "missing": 1,
+        "no caption": 1,
+        "unreadable": 1,
+    }
+    out = capsys.readouterr().out
+    assert "40 images: all there are (2,000 were asked for)" in out
+    assert "6 mode L" in out
+
+
+def test_columns_follow_the_contract(coco_dir, tmp_path):
+    splits, _ = prepare(coco_dir, tmp_path / "out", "--limit_data", 10)
+    rows = splits["train"]
+    types = {name: str(feature) for name, feature in rows.features.items()}
+    assert list(types) == ["image_id", "file_name", "image", "captions", "labels"]
+    row = rows[0]
+    assert row["captions"] == ["A small dog runs.", "a dog   is running\n", "Dog"]
+    # Stored for a random crop of what the tiny encoder sees (64 px), aspect kept.
+    assert (row["image"].mode, row["image"].size) == ("RGB", (88, 73))
+    tokenizer = load_tokenizer(tmp_path / "out")
+    for labels, text in zip(row["labels"], ["a small dog runs.", "a dog is running", "dog"], strict=True):
+        assert labels[-1] == tokenizer.eos_token_id
+        assert Counter(labels)[tokenizer.eos_token_id] == 1
+        assert tokenizer.decode(labels[:-1]).strip() == text
+
+
+def test_long_captions_are_truncated_and_still_end(coco_dir, tmp_path):
+    splits, description = prepare(coco_dir, tmp_path / "out", "--limit_data", 10, "--max_length", 3)
+    eos = load_tokenizer(tmp_path / "out").eos_token_id
+    lengths = Counter(len(labels) for row in splits["train"]["labels"] for labels in row)
+    assert max(lengths) == 3
+    assert all(labels[-1] == eos for row in splits["train"]["labels"] for labels in row)
+    assert description["captions_truncated"] == 20  # two of three captions of each image are longer
+
+
+def test_the_same_arguments_give_the_same_bytes_whatever_num_proc(coco_dir, tmp_path):
+    for name, processes in (("a", 1), ("b", 2)):
+        prepare(coco_dir, tmp_path / name, "--limit_data", 30, "--num_proc", processes)
+    compared = filecmp.dircmp(tmp_path / "a", tmp_path / "b")
+    files = sorted(path.relative_to(tmp_path / "a") for path in (tmp_path / "a").rglob("*") if path.is_file())
+    assert not compared.left_only and not compared.right_only
+    _, different, errors = filecmp.cmpfiles(tmp_path / "a", tmp_path / "b", files, shallow=False)
+    assert (different, errors) == ([], [])
+    assert len(files) > 9
+
+
+def test_another_seed_chooses_other_images(coco_dir, tmp_path):
+    first, _ = prepare(coco_dir, tmp_path / "a", "--limit_data", 20, "--seed", 1)
+    second, _ = prepare(coco_dir, tmp_path / "b", "--limit_data", 20, "--seed", 2)
+    assert set(first["train"]["image_id"]) != set(second["train"]["image_id"])
+
+
+def test_karpathy_splits_stay_apart_and_are_whole_without_a_limit(tmp_path):
+    images = [
+        {"filename": f"{i}.jpg", "imgid": i, "split": split, "sentences": [{"raw": f"picture {i}"}]}
+        for i, split in enumerate(["train"] * 12 + ["restval"] * 4 + ["val"] * 5 + ["test"] * 6)
+    ]
+    write(tmp_path / "dataset.json", {"images": images})
+    photographs(tmp_path / "images", [image["filename"] for image in images])
+    for limit, expected in ((0, (16, 5, 6)), (10, (8, 1, 1)), (26, (16, 4, 6))):
+        save_path = tmp_path / f"out{limit}"
+        dataloader.main(
+            [
+                f"--karpathy_json={tmp_path / 'dataset.json'}",
+                f"--image_dir={tmp_path / 'images'}",
+                f"--save_path={save_path}",
+                f"--limit_data={limit}",
+                "--encoder=tiny",
+                "--decoder=tiny",
+                "--num_proc=1",
+            ]
+        )
+        splits = load_from_disk(str(save_path))
+        assert tuple(len(splits[name]) for name in ("train", "validation", "test")) == expected
+        assert all(i < 16 for i in splits["train"]["image_id"])
+        assert all(i >= 21 for i in splits["test"]["image_id"])
+
+
+def test_a_folder_of_other_things_is_never_replaced(coco_dir, tmp_path):
+    (tmp_path / "thesis.tex").write_text("years of work")
+    with pytest.raises(InputError, match=r"holds other files \(thesis\.tex\)"):
+        prepare(coco_dir, tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
+
+
+def test_running_again_replaces_the_folder_and_keeps_hidden_files(coco_dir, tmp_path):
+    save_path = tmp_path / "out"
+    prepare(coco_dir, save_path, "--limit_data", 20)
+    (save_path / ".gitkeep").touch()
+    splits, _ = prepare(coco_dir, save_path, "--limit_data", 10)
+    assert sum(map(len, splits.values())) == 10
+    assert (save_path / ".gitkeep").is_file()
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_failure_leaves_nothing_behind(coco_dir, tmp_path, monkeypatch):
+    save_path = tmp_path / "out"
+    prepare(coco_dir, save_path, "--limit_data", 10)
+
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(dataloader, "tokenise", fail)
+    with pytest.raises(OSError, match="disk full"):
+        prepare(coco_dir, save_path, "--limit_data", 20)
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert sum(map(len, load_from_disk(str(save_path)).values())) == 10
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--limit_data=-1"], "--limit_data -1 is negative"),
+        (["--limit_data=many"], "invalid int value: 'many'"),
+        (["--val_share=0"], "--val_share 0.0 is not between 0 and 1"),
+        (["--val_share=0.6", "--test_share=0.6"], "leave no images to train on"),
+        (["--max_length=1"], "--max_length 1 leaves no room"),
+        (["--num_proc=0"], "--num_proc 0 is no number of processes"),
+        (["--karpathy_json=x.json"], "belong together"),
+        (["--sample", "--coco_dir=x"], "exclude each other"),
+        (["--coco_dirr=x"], "unrecognized arguments"),
+    ],
+)
+def test_bad_arguments_exit_with_2_and_name_the_value(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        dataloader.parse_arguments(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_no_usable_image_is_an_error(tmp_path):
+    coco_folder(tmp_path / "coco", {1: ["a"]}, {2: ["b"], 3: ["c"]})
+    with pytest.raises(InputError, match="no usable image for train \\(dropped: 3 missing\\)"):
+        prepare(tmp_path / "coco", tmp_path / "out")
+
+
+def test_the_sample_as_a_user_prepares_it(prepared):
+    splits = load_from_disk(str(prepared))
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 600, "validation": 80, "test": 120}
+    assert all(len(captions) == len(set(captions)) == 5 for captions in splits["train"]["captions"])
+    summary = (prepared.parent / "stdout.txt").read_text()
+    for expected in ("600 images", "3,000 captions", "12 mode L", "kB per image", "example: COCO_train2014_"):
+        assert expected in summary
+    assert len(list((prepared / "sample" / "test2014").glob("*.jpg"))) == 8
+
+
+def test_the_sample_keeps_combinations_for_the_test_split(prepared):
+    from captioning.sample import HELD_OUT
+
+    splits = load_from_disk(str(prepared))
+    pairs = [f"{colour} {shape}" for colour, shape in HELD_OUT]
+
+    def showing(split):
+        return sum(
+            any(pair in " ".join(captions) for pair in pairs) for captions in splits[split]["captions"]
+        )
+
+    assert len(pairs) == 4
+    assert (showing("train"), showing("validation"), showing("test")) == (0, 0, 60)
+
+
+def test_without_a_network_one_sentence_says_what_to_do(tmp_path):
+    # A port that nobody listens on stands for a machine without a network.
+    done = script(
+        "dataloader.py",
+        f"--save_path={tmp_path / 'out'}",
+        f"--cache_dir={tmp_path}",
+        "--coco_url=http://127.0.0.1:9",
+    )
+    assert done.returncode == 2
+    assert len(done.stderr.strip().splitlines()) == 1
+    assert "--coco_dir" in done.stderr and "--sample" in done.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_two_thousand_real_images_take_under_60_mb(shared, tmp_path):
+    """Measured on the full-size photographs, the largest ones; most of the shared images came smaller."""
+    from captioning import coco
+
+    pools = coco.read_coco(shared / "coco2014")
+    sizes = []
+    for record in pools["train2014"] + pools["val2014"]:
+        with Image.open(record.path) as image:
+            if min(image.size) < 400 or image.mode != "RGB":
+                continue
+        sizes.append(len(dataloader.prepare_image(record, 256).data))
+    assert len(sizes) > 100
+    tokenizer_and_tables = 4_000_000
+    assert 2000 * sum(sizes) / len(sizes) + tokenizer_and_tables < 60_000_000

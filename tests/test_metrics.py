@@ -1,0 +1,177 @@
+"""captioning.metrics against the official evaluation's scores, rouge_score, and what must always hold."""
+
+import importlib.util
+import json
+import math
+import random
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from captioning import InputError
+from captioning.metrics import COCO_KEYS, ROUGE_KEYS, coco_scores
+
+sys.path.insert(0, str(Path(__file__).resolve().parent / "golden"))
+
+import make_golden
+import oracle
+
+GOLDEN = json.loads(make_golden.GOLDEN.read_text())
+TEN = GOLDEN["sets"]["ten images"]
+
+
+def by_id(captions):
+    return dict(enumerate(captions))
+
+
+def assert_official(official: dict, predictions: dict, references: dict):
+    """The scores, and those of every image, equal the official ones."""
+    scores, per_image = coco_scores(predictions, references, per_image=True, rouge=False)
+    assert scores == pytest.approx(official["scores"], rel=1e-9, abs=1e-15)
+    for ours, theirs in zip(per_image.values(), official["per_image"], strict=True):
+        assert ours == pytest.approx(theirs, rel=1e-9, abs=1e-15)
+
+
+@pytest.mark.parametrize("name", GOLDEN["sets"])
+def test_golden_scores(name):
+    golden = GOLDEN["sets"][name]
+    assert_official(golden, by_id(golden["predictions"]), by_id(golden["references"]))
+
+
+def test_official_evaluation_now():
+    """Captions with words swapped, lost and repeated, scored by pycocoevalcap while we wait."""
+    if importlib.util.find_spec("pycocoevalcap") is None:
+        pytest.skip("pycocoevalcap is not installed; the golden scores above came from it")
+    if shutil.which("java") is None:
+        pytest.skip("there is no java, which the official tokenizer needs")
+    rng = random.Random(0)
+    words = [word for caption in make_golden.CAPTIONS if caption.isascii() for word in caption.split()]
+    job = {
+        "predictions": [" ".join(rng.choices(words, k=rng.randrange(30))) for _ in range(50)],
+        "references": [
+            [" ".join(rng.choices(words, k=rng.randint(1, 30))) for _ in range(rng.randint(1, 6))]
+            for _ in range(50)
+        ],
+    }
+    assert_official(*oracle.run([job]), by_id(job["predictions"]), by_id(job["references"]))
+
+
+TEXTS = st.text(alphabet="ab c\n.'", max_size=12) | st.text(max_size=20)
+
+
+@given(prediction=TEXTS, references=st.lists(TEXTS, min_size=1, max_size=3))
+@settings(deadline=None, max_examples=50)
+def test_rouge_is_that_of_rouge_score(prediction, references):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    names = ["rouge1", "rouge2", "rougeLsum"]
+    best = RougeScorer(names, use_stemmer=False).score_multi(references, prediction)
+    ours = coco_scores({1: prediction}, {1: references})
+    for ours_name, name in zip(ROUGE_KEYS, names, strict=True):
+        assert ours[ours_name] == pytest.approx(best[name].fmeasure, rel=1e-12)
+
+
+def test_rouge_can_be_left_out():
+    arguments = by_id(TEN["predictions"]), by_id(TEN["references"])
+    scores = coco_scores(*arguments)
+    assert set(scores) == {*COCO_KEYS, *ROUGE_KEYS}
+    assert coco_scores(*arguments, rouge=False) == {key: scores[key] for key in COCO_KEYS}
+
+
+@given(st.lists(st.tuples(st.text(), st.lists(st.text(), min_size=1, max_size=3)), max_size=4))
+@settings(deadline=None, max_examples=50)
+def test_any_text_scores_in_range(rows):
+    predictions, references = by_id([row[0] for row in rows]), by_id([row[1] for row in rows])
+    scores, per_image = coco_scores(predictions, references, per_image=True)
+    for row in (scores, *per_image.values()):
+        for key, value in row.items():
+            assert 0 <= value <= (10 if key == "cider_d" else 1) + 1e-9, key
+            assert type(value) is float
+    for key in ("rouge_l", "cider_d", *ROUGE_KEYS):  # BLEU is not a mean over images
+        if per_image:
+            mean = sum(row[key] for row in per_image.values()) / len(per_image)
+            assert math.isclose(mean, scores[key], abs_tol=1e-12)
+
+
+WORDS = st.lists(st.sampled_from(["a", "the", "dog", "cat", "runs", "on", "mat"]), min_size=4, max_size=9)
+
+
+@given(st.lists(WORDS.map(" ".join), min_size=1, max_size=5))
+@settings(deadline=None, max_examples=25)
+def test_identical_captions_have_bleu_one(captions):
+    scores = coco_scores(by_id(captions), {i: [caption] for i, caption in enumerate(captions)})
+    for key in ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", *ROUGE_KEYS):
+        assert scores[key] == pytest.approx(1, abs=1e-8)
+
+
+@given(
+    st.dictionaries(st.integers(), st.tuples(WORDS.map(" ".join), st.lists(WORDS.map(" ".join), min_size=1))),
+    st.randoms(use_true_random=False),
+)
+@settings(deadline=None, max_examples=25)
+def test_the_order_of_ids_does_not_matter(images, rng):
+    predictions = {i: prediction for i, (prediction, _) in images.items()}
+    references = {i: references for i, (_, references) in images.items()}
+    scores, per_image = coco_scores(predictions, references, per_image=True)
+    ids = list(images)
+    rng.shuffle(ids)
+    again, per_image_again = coco_scores({i: predictions[i] for i in ids}, references, per_image=True)
+    assert again == pytest.approx(scores)
+    assert set(per_image_again) == set(images)
+    for i in images:
+        assert per_image_again[i] == pytest.approx(per_image[i])
+
+
+def test_nothing_to_score():
+    assert coco_scores({}, {}) == dict.fromkeys((*COCO_KEYS, *ROUGE_KEYS), 0)
+    assert coco_scores({}, {}, per_image=True)[1] == {}
+
+
+def test_empty_predictions_score_zero():
+    scores = coco_scores({1: "", 2: " "}, {1: ["A dog."], 2: ["A cat on a mat."]})
+    assert scores == dict.fromkeys(scores, 0)
+
+
+@pytest.mark.parametrize(
+    ("predictions", "references", "message"),
+    [
+        ({1: "a"}, {2: ["a"]}, "1 image.* of the references have no prediction, for example id 2"),
+        ({1: "a", 2: "b"}, {1: ["a"]}, "1 image.* of the predictions have no reference, for example id 2"),
+        ({7: "a"}, {7: []}, "Image 7 has no reference"),
+        ({7: None}, {7: ["a"]}, "prediction of image 7 is NoneType, not a string"),
+        ({7: ["a"]}, {7: ["a"]}, "prediction of image 7 is list, not a string"),
+        ({7: "a"}, {7: "a"}, "references of image 7 are str, not a list"),
+        ({7: "a"}, {7: ["a", 5]}, "reference of image 7 is int, not a string"),
+        (["a"], {0: ["a"]}, "predictions must be a dict"),
+        ({0: "a"}, [["a"]], "references must be a dict"),
+    ],
+)
+def test_bad_input(predictions, references, message):
+    with pytest.raises(InputError, match=message):
+        coco_scores(predictions, references)
+
+
+def test_evaluate_metric(monkeypatch, tmp_path):
+    """The same numbers through `evaluate`, at once and in batches, with no network."""
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    from captioning.metrics import CocoCaptionMetric
+
+    expected = coco_scores(by_id(TEN["predictions"]), by_id(TEN["references"]))
+    metric = CocoCaptionMetric(cache_dir=str(tmp_path))
+    assert metric.compute(predictions=TEN["predictions"], references=TEN["references"]) == expected
+    for begin in range(0, 10, 4):
+        batch = slice(begin, begin + 4)
+        metric.add_batch(predictions=TEN["predictions"][batch], references=TEN["references"][batch])
+    assert metric.compute(rouge=False) == {key: expected[key] for key in COCO_KEYS}
+
+
+def test_importing_is_cheap():
+    slow = {"torch", "evaluate", "datasets", "numpy", "rouge_score"}
+    code = f"import sys, captioning.metrics; print({slow} & {{*sys.modules}})"
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert output.stdout == "set()\n"

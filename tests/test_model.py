@@ -1,0 +1,210 @@
+"""Encoders and decoders of every supported kind, built, trained a step, saved, loaded, and refused."""
+
+import json
+
+import pytest
+import torch
+from transformers import (
+    BeitConfig,
+    BeitModel,
+    CLIPConfig,
+    CLIPModel,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    DeiTConfig,
+    DeiTModel,
+    Dinov2Config,
+    Dinov2Model,
+    GPT2Config,
+    GPT2LMHeadModel,
+    SwinConfig,
+    SwinModel,
+    VisionEncoderDecoderModel,
+    ViTConfig,
+    ViTModel,
+)
+from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+from captioning import InputError, batch, model
+from captioning.trainer import PARTS, caption_loss, part_of
+
+SIDE = 32
+PLAIN = {
+    "image_size": SIDE,
+    "patch_size": 8,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "intermediate_size": 32,
+}
+ENCODERS = {
+    "vit": lambda: ViTModel(ViTConfig(**PLAIN)),
+    "deit": lambda: DeiTModel(DeiTConfig(**PLAIN)),
+    "beit": lambda: BeitModel(BeitConfig(**PLAIN)),
+    "dinov2": lambda: Dinov2Model(Dinov2Config(**PLAIN)),
+    "swin": lambda: SwinModel(
+        SwinConfig(image_size=SIDE, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
+    ),
+    "clip vision": lambda: CLIPVisionModel(CLIPVisionConfig(**PLAIN)),
+    "clip": lambda: CLIPModel(
+        CLIPConfig(
+            vision_config=PLAIN,
+            text_config={
+                "hidden_size": 16,
+                "num_hidden_layers": 1,
+                "num_attention_heads": 2,
+                "intermediate_size": 32,
+            },
+        )
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return model.train_tokenizer(["a dog runs on the grass"] * 3, 300)
+
+
+@pytest.mark.parametrize("kind", sorted(ENCODERS))
+def test_every_kind_of_encoder_trains_saves_and_loads(kind, tokenizer, tmp_path):
+    torch.manual_seed(0)
+    encoder = tmp_path / "encoder"
+    ENCODERS[kind]().save_pretrained(encoder)
+    ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(encoder)
+    net = model.build(str(encoder), "tiny", tokenizer)
+    bundle = model.Bundle(net, tokenizer, model.load_image_processor(encoder))
+
+    labels, _ = batch.encode_captions(tokenizer, ["a dog runs", "the grass"], 20)
+    pixels = torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8).numpy()
+    collated = batch.Collator(tokenizer.bos_token_id, 0)(
+        [{"image_id": 1, "pixels": pixels, "labels": labels}]
+    )
+    logits = net(
+        pixel_values=batch.Pixels(bundle.image_processor).normalise(collated["pixel_values"]),
+        decoder_input_ids=collated["decoder_input_ids"],
+        decoder_attention_mask=batch.packed_attention_mask(collated["segment_ids"]),
+        decoder_position_ids=collated["decoder_position_ids"],
+    ).logits
+    caption_loss(logits, collated["labels"], None).backward()
+    # What is left to train is exactly what the loss reaches: distributed training waits for nothing.
+    assert all(p.requires_grad == (p.grad is not None) for p in net.parameters())
+    assert {part_of(name) for name, p in net.named_parameters() if p.requires_grad} == set(PARTS)
+
+    model.save(bundle, tmp_path / "run")
+    loaded = model.load(tmp_path / "run")
+    stock = VisionEncoderDecoderModel.from_pretrained(tmp_path / "run")
+    x = torch.randn(2, 3, SIDE, SIDE)
+    net.eval()
+    for other in (loaded.model, stock):
+        torch.testing.assert_close(
+            other.eval()(x, decoder_input_ids=torch.zeros(2, 3, dtype=torch.long)).logits,
+            net(x, decoder_input_ids=torch.zeros(2, 3, dtype=torch.long)).logits,
+        )
+    captions = model.generate(loaded, x, max_new_tokens=5)
+    assert len(captions) == 2
+
+
+def test_loss_of_the_stock_model_equals_ours(tokenizer):
+    """transformers 4.50 shifted the labels of VisionEncoderDecoderModel twice; this would notice."""
+    torch.manual_seed(0)
+    net = model.build("tiny", "tiny", tokenizer).eval()
+    labels, _ = batch.encode_captions(tokenizer, ["a dog runs on the grass", "the dog"], 20)
+    width = max(map(len, labels))
+    padded = torch.tensor([ids + [-100] * (width - len(ids)) for ids in labels])
+    pixels = torch.randn(2, 3, 64, 64)
+    stock = net(pixel_values=pixels, labels=padded)
+    assert torch.allclose(stock.loss, caption_loss(stock.logits, padded, None), atol=1e-6)
+
+
+def gpt2_folder(folder, tokenizer, cross_attention=False):
+    config = GPT2Config(
+        n_embd=16,
+        n_layer=1,
+        n_head=2,
+        vocab_size=len(tokenizer),
+        add_cross_attention=cross_attention,
+        is_decoder=True,
+    )
+    GPT2LMHeadModel(config).half().save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return str(folder)
+
+
+def test_a_float16_folder_is_trained_in_float32(tokenizer, tmp_path):
+    net = model.build("tiny", gpt2_folder(tmp_path, tokenizer), tokenizer)
+    assert {parameter.dtype for parameter in net.parameters()} == {torch.float32}
+
+
+def test_which_parameters_are_new(tokenizer, tmp_path):
+    plain = gpt2_folder(tmp_path / "plain", tokenizer)
+    with_cross = gpt2_folder(tmp_path / "cross", tokenizer, cross_attention=True)
+
+    def parts(encoder, decoder):
+        net = model.build(encoder, decoder, tokenizer)
+        names = model.new_parameters(net, encoder, decoder)
+        return {part_of(name) for name in names}, any("crossattention" in name for name in names)
+
+    assert parts("tiny", "tiny") == (set(PARTS), True)
+    assert parts("tiny", plain) == ({"encoder", "cross_attention"}, True)
+    assert parts("tiny", with_cross) == ({"encoder", "cross_attention"}, False)  # the projection alone
+
+
+def test_preset_tokenizer_reads_and_writes_captions(tokenizer):
+    ids = tokenizer("A DOG runs, on the grass!").input_ids
+    assert tokenizer.decode(ids).strip() == "a dog runs, on the grass!"
+    assert tokenizer.bos_token_id == tokenizer.eos_token_id == tokenizer.pad_token_id
+    emoji = "a dog \N{DOG FACE} \N{SNOWMAN}"
+    assert model.decode(tokenizer, [tokenizer(emoji).input_ids]) == [emoji]
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda t, p: model.load(p / "nowhere"), "--model_path '.*nowhere' does not exist"),
+        (lambda t, p: model.load(p), "has no config.json"),
+        (
+            lambda t, p: model.build("no such/encoder name", "tiny", t),
+            "--encoder 'no such/encoder name' is not a folder",
+        ),
+        (lambda t, p: model.build("tiny", "some/decoder", t), "--decoder 'some/decoder' is not here"),
+    ],
+)
+def test_missing_models_are_named(call, message, tokenizer, tmp_path):
+    with pytest.raises(InputError, match=message):
+        call(tokenizer, tmp_path)
+
+
+def test_pickled_weights_and_foreign_code_are_refused(tokenizer, tmp_path):
+    folder = tmp_path / "encoder"
+    ENCODERS["vit"]().save_pretrained(folder)
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    with pytest.raises(InputError, match="holds pickled weights"):
+        model.build(str(folder), "tiny", tokenizer)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "auto_map": {"AutoModel": "evil.Evil"}}))
+    with pytest.raises(InputError, match="code of its own"):
+        model.build(str(folder), "tiny", tokenizer)
+
+
+def test_a_decoder_of_another_family_or_vocabulary_is_refused(tokenizer, tmp_path):
+    ENCODERS["vit"]().save_pretrained(tmp_path / "vit")
+    with pytest.raises(InputError, match="is a vit; name a model of the GPT-2 family"):
+        model.build("tiny", str(tmp_path / "vit"), tokenizer)
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=100)).save_pretrained(
+        tmp_path / "small"
+    )
+    with pytest.raises(InputError, match="only 100"):
+        model.build("tiny", str(tmp_path / "small"), tokenizer)
+
+
+def test_an_encoder_that_does_not_see_is_refused(tokenizer, tmp_path):
+    gpt2_folder(tmp_path, tokenizer)
+    with pytest.raises(InputError, match="not a vision encoder"):
+        model.build(str(tmp_path), "tiny", tokenizer)
+
+
+def test_real_weights_load(shared, tokenizer):
+    net = model.build(str(shared / "weights" / "dinov2-small"), "tiny", tokenizer)
+    frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
+    assert frozen == {"encoder.embeddings.mask_token"}
+    assert next(net.encoder.parameters()).dtype == torch.float32

@@ -1,0 +1,477 @@
+"""Stage 2: the loss, packing, accumulation, resuming, several processes, and the run folder."""
+
+import json
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT, script
+from datasets import load_from_disk
+from PIL import Image
+from safetensors.torch import load_file
+from transformers import Seq2SeqTrainingArguments, set_seed
+
+import train
+from captioning import InputError, batch, model
+from captioning.trainer import CaptionTrainer, caption_loss
+
+WORDS = "red green blue round square small large dog cat tree house car runs stands on under the a".split()
+
+
+def caption(rng) -> str:
+    return " ".join(rng.choice(WORDS, rng.integers(2, 9)))
+
+
+class Rows(torch.utils.data.Dataset):
+    """Random images with a ragged number of ragged captions."""
+
+    def __init__(self, tokenizer, count, captions=(1, 6), seed=0):
+        rng = np.random.default_rng(seed)
+        self.captions = {
+            100 + i: [caption(rng) for _ in range(rng.integers(*captions))] for i in range(count)
+        }
+        self.rows = [
+            {
+                "image_id": image_id,
+                "pixels": rng.integers(0, 256, (3, 64, 64), dtype=np.uint8),
+                "labels": batch.encode_captions(tokenizer, captions, 20)[0],
+            }
+            for image_id, captions in self.captions.items()
+        ]
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, index):
+        return self.rows[index]
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return model.train_tokenizer([" ".join(WORDS)] * 3, 400)
+
+
+def make_trainer(tokenizer, rows, folder, packed=True, dropout=0.0, **settings):
+    set_seed(0)
+    net = model.build("tiny", "tiny", tokenizer)
+    for module in net.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = dropout
+    defaults = {
+        "output_dir": str(folder),
+        "report_to": "none",
+        "remove_unused_columns": False,
+        "predict_with_generate": True,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "save_strategy": "no",
+        "weight_decay": 0.0,
+    }
+    bundle = model.Bundle(net, tokenizer, model.load_image_processor("tiny"))
+    collator = batch.Collator(tokenizer.bos_token_id, tokenizer.pad_token_id, packed)
+    return CaptionTrainer(
+        bundle,
+        rows.captions,
+        {},
+        args=Seq2SeqTrainingArguments(**{**defaults, **settings}),
+        data_collator=collator,
+        train_dataset=rows,
+        eval_dataset=rows,
+    )
+
+
+def loss_and_gradients(trainer, rows, **settings):
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
+    trainer.model.train()
+    trainer.model.zero_grad()
+    loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=settings.get("num_items"))
+    loss.backward()
+    return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
+
+
+def test_loss_is_the_cross_entropy_over_real_tokens():
+    torch.manual_seed(0)
+    logits = torch.randn(2, 3, 5)
+    labels = torch.tensor([[1, 4, -100], [0, -100, -100]])
+    real = [(0, 0, 1), (0, 1, 4), (1, 0, 0)]
+    by_hand = [
+        math.log(sum(map(math.exp, logits[r, t].tolist()))) - logits[r, t, k].item() for r, t, k in real
+    ]
+    assert caption_loss(logits, labels, None).item() == pytest.approx(sum(by_hand) / 3, rel=1e-6)
+    assert caption_loss(logits, labels, 12).item() == pytest.approx(sum(by_hand) / 12, rel=1e-6)
+    smoothed = [
+        0.9 * nll + 0.1 * (math.log(sum(map(math.exp, logits[r, t].tolist()))) - logits[r, t].mean().item())
+        for nll, (r, t, _) in zip(by_hand, real, strict=True)
+    ]
+    assert caption_loss(logits, labels, None, 0.1).item() == pytest.approx(sum(smoothed) / 3, rel=1e-6)
+
+
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_loss_and_gradients_equal_the_unpacked_ones(tokenizer, tmp_path, smoothing, attention):
+    rows = Rows(tokenizer, 5)
+    results = []
+    for packed in (True, False):
+        trainer = make_trainer(tokenizer, rows, tmp_path, packed, label_smoothing_factor=smoothing)
+        trainer.model.set_attn_implementation(attention)
+        results.append(loss_and_gradients(trainer, rows.rows))
+    (packed_loss, packed_gradients), (loss, gradients) = results
+    assert len({len(row["labels"]) for row in rows.rows}) > 2, "the caption counts should be ragged"
+    assert packed_loss == pytest.approx(loss, rel=1e-5)
+    assert packed_gradients.keys() == gradients.keys()
+    for name, gradient in gradients.items():
+        torch.testing.assert_close(
+            packed_gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+
+
+@pytest.mark.parametrize("packed", [True, False])
+def test_an_update_does_not_depend_on_gradient_accumulation(tokenizer, tmp_path, packed):
+    rows = Rows(tokenizer, 8)
+    weights = []
+    for size in (8, 4, 2):
+        trainer = make_trainer(
+            tokenizer,
+            rows,
+            tmp_path,
+            packed,
+            per_device_train_batch_size=size,
+            gradient_accumulation_steps=8 // size,
+            max_steps=1,
+            optim="sgd",
+            learning_rate=0.5,
+            max_grad_norm=0.0,
+        )
+        trainer.train()
+        weights.append(
+            {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
+        )
+    start = dict(make_trainer(tokenizer, rows, tmp_path).model.named_parameters())
+    assert any(not torch.equal(weights[0][name], start[name]) for name in start)
+    for other in weights[1:]:
+        for name, weight in weights[0].items():
+            torch.testing.assert_close(other[name], weight, atol=1e-5, rtol=1e-4)
+
+
+def test_eight_images_are_learnt_by_heart_stop_included(tokenizer, tmp_path):
+    rows = Rows(tokenizer, 8, captions=(1, 2), seed=3)
+    trainer = make_trainer(
+        tokenizer,
+        rows,
+        tmp_path,
+        max_steps=150,
+        per_device_train_batch_size=8,
+        learning_rate=2e-3,
+        warmup_steps=10,
+    )
+    trainer.train()
+    metrics = trainer.evaluate()
+    assert trainer.predictions == {image_id: captions[0] for image_id, captions in rows.captions.items()}
+    assert metrics["eval_loss"] < 0.05
+    assert metrics["eval_bleu_4"] == pytest.approx(1, abs=1e-6)
+    # "stop included": generation ended by the end token, well before its limit.
+    assert trainer.model.generation_config.max_new_tokens > 2 * max(
+        len(row["labels"][0]) for row in rows.rows
+    )
+
+
+def test_evaluation_counts_each_image_once_and_each_token_once(tokenizer, tmp_path):
+    rows = Rows(tokenizer, 7)
+    losses = []
+    for size, packed in ((7, True), (2, True), (3, False)):
+        trainer = make_trainer(tokenizer, rows, tmp_path, packed, per_device_eval_batch_size=size)
+        metrics = trainer.evaluate()
+        assert set(trainer.predictions) == set(rows.captions)
+        losses.append(metrics["eval_loss"])
+    assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
+    loss, _ = loss_and_gradients(trainer, rows.rows)
+    assert losses[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_each_part_has_its_learning_rate_and_keeps_it_along_the_schedule(tokenizer, tmp_path):
+    rows = Rows(tokenizer, 4)
+    trainer = make_trainer(tokenizer, rows, tmp_path, learning_rate=1e-3, weight_decay=0.1, warmup_steps=0)
+    trainer.learning_rates = {"encoder": 1e-5, "decoder": 1e-4, "cross_attention": 1e-3}
+    trainer.create_optimizer_and_scheduler(10)
+    names = {id(parameter): name for name, parameter in trainer.model.named_parameters()}
+    seen = {}
+    for group in trainer.optimizer.param_groups:
+        for parameter in group["params"]:
+            name = names[id(parameter)]
+            assert name not in seen
+            seen[name] = group["lr"]
+            assert group["weight_decay"] == (0.0 if parameter.ndim < 2 else 0.1), name
+    assert set(seen) == {
+        name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad
+    }
+    assert seen["decoder.transformer.wte.weight"] == 1e-4
+    assert seen["decoder.transformer.h.0.crossattention.q_attn.weight"] == 1e-3
+    for _ in range(5):
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    rates = {group["lr"] for group in trainer.optimizer.param_groups}
+    assert sorted(rates) == pytest.approx([rate / 2 for rate in (1e-5, 1e-4, 1e-3)])
+
+
+# ---- the script
+
+
+def arguments(prepared, folder, *more):
+    return [
+        f"--data_path={prepared}",
+        f"--output_dir={folder}",
+        "--per_device_train_batch_size=100",
+        "--use_cpu",
+        "--dataloader_num_workers=0",
+        "--dataloader_persistent_workers=False",
+        *more,
+    ]
+
+
+def test_the_run_folder_is_complete(trained, prepared):
+    expected = {
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "preprocessor_config.json",
+        "results.json",
+        "predictions_test.json",
+        "training_curves.png",
+        "gallery.png",
+        "README.md",
+    }
+    assert expected <= {path.name for path in trained.iterdir()}
+    assert list(trained.glob("checkpoint-*"))
+    for name in ("training_curves.png", "gallery.png"):
+        with Image.open(trained / name) as picture:
+            assert min(picture.size) > 200
+
+    results = json.loads((trained / "results.json").read_text())
+    assert results["test"]["images"] == 120 and results["validation"]["images"] == 80
+    assert {"loss", "bleu_4", "rouge_1", "rouge_2", "rouge_l", "cider_d"} <= set(results["test"])
+    assert "official COCO" in results["protocol"]
+    predictions = json.loads((trained / "predictions_test.json").read_text())
+    test_ids = list(load_from_disk(str(prepared))["test"]["image_id"])
+    assert [entry["image_id"] for entry in predictions] == test_ids
+    assert all(set(entry) == {"image_id", "caption"} for entry in predictions)
+    # stdout holds the table and nothing else; what was decided is on stderr.
+    out = (trained.parent / "stdout.txt").read_text().splitlines()
+    assert len(out) == 11 and out[0].split() == ["validation", "test"]
+    err = (trained.parent / "stderr.txt").read_text()
+    for said in (
+        "data: ",
+        "model: tiny -> tiny",
+        "learning rates: ",
+        "device: cpu",
+        "epoch 2  validation loss",
+    ):
+        assert said in err
+
+
+def test_the_best_checkpoint_is_the_one_that_is_kept(prepared, tmp_path):
+    # A learning rate that grows wild after the first epoch, so that the last checkpoint is not the best.
+    folder = tmp_path / "run"
+    train.main(
+        arguments(
+            prepared,
+            folder,
+            "--epochs=3",
+            "--learning_rate=0.02",
+            "--warmup_steps=18",
+            "--lr_scheduler_type=constant_with_warmup",
+        )
+    )
+    state = json.loads(
+        (max(folder.glob("checkpoint-*"), key=lambda p: int(p.name[11:])) / "trainer_state.json").read_text()
+    )
+    scores = {
+        entry["step"]: entry["eval_cider_d"] for entry in state["log_history"] if "eval_cider_d" in entry
+    }
+    best = max(scores, key=scores.get)
+    assert best != max(scores), "the last epoch came out best: the test needs a wilder learning rate"
+    results = json.loads((folder / "results.json").read_text())
+    assert results["step"] == best
+    kept, checkpoint = (
+        load_file(folder / "model.safetensors"),
+        load_file(folder / f"checkpoint-{best}" / "model.safetensors"),
+    )
+    assert all(torch.equal(kept[name], checkpoint[name]) for name in kept)
+    assert results["validation"]["cider_d"] == pytest.approx(scores[best])
+
+
+def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(prepared, tmp_path):
+    common = ("--epochs=3", "--learning_rate=1e-3", "--save_total_limit=10")
+    train.main(arguments(prepared, tmp_path / "undisturbed", *common))
+    command = [sys.executable, str(ROOT / "train.py"), *arguments(prepared, tmp_path / "killed", *common)]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 200
+    while not (tmp_path / "killed" / "checkpoint-6" / "trainer_state.json").exists():
+        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint was written"
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    assert not (tmp_path / "killed" / "results.json").exists()
+    # The kill may have come while a later checkpoint was half written; the one that is named is whole.
+    for later in (tmp_path / "killed").glob("checkpoint-1*"):
+        shutil.rmtree(later)
+    train.main(arguments(prepared, tmp_path / "killed", *common, "--resume_from_checkpoint=auto"))
+    weights = [
+        load_file(tmp_path / name / "checkpoint-18" / "model.safetensors")
+        for name in ("undisturbed", "killed")
+    ]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_two_processes_score_every_image_once_and_as_one_process_does(trained, prepared, tmp_path):
+    """79 of the images: a number that two processes with batches of 10 cannot share evenly."""
+    code = (
+        "import sys, json, torch\n"
+        "from datasets import load_from_disk\n"
+        "from transformers import Seq2SeqTrainingArguments\n"
+        "from captioning import batch, model\n"
+        "from captioning.trainer import CaptionTrainer\n"
+        "prepared, trained, output = sys.argv[1:]\n"
+        "torch.set_num_threads(1)\n"
+        "bundle = model.load(trained)\n"
+        "rows = load_from_disk(prepared)['validation'].select(range(79))\n"
+        "references = dict(zip(rows['image_id'], rows['captions']))\n"
+        "args = Seq2SeqTrainingArguments(output_dir=output, report_to='none', remove_unused_columns=False, use_cpu=True,\n"
+        "    predict_with_generate=True, per_device_eval_batch_size=10, disable_tqdm=True)\n"
+        "net = bundle.model\n"
+        "trainer = CaptionTrainer(bundle, references, {}, args=args,\n"
+        "    data_collator=batch.Collator(net.config.decoder_start_token_id, bundle.tokenizer.pad_token_id))\n"
+        "metrics = trainer.evaluate(batch.CaptionDataset(rows, batch.Pixels(bundle.image_processor)))\n"
+        "assert set(trainer.predictions) == set(references), 'every image exactly once'\n"
+        "if trainer.is_world_process_zero():\n"
+        "    scores = {k: v for k, v in metrics.items() if 'second' not in k and 'time' not in k}\n"
+        "    open(output + '.json', 'w').write(json.dumps([scores, trainer.predictions, args.world_size]))\n"
+        "trainer.accelerator.end_training()\n"
+    )
+    file = tmp_path / "evaluate.py"
+    file.write_text(code)
+    results = []
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    for processes, command in ((1, [sys.executable]), (2, launch)):
+        output = str(tmp_path / str(processes))
+        done = subprocess.run(
+            [*command, str(file), str(prepared), str(trained), output],
+            capture_output=True,
+            text=True,
+            timeout=200,
+            env={**os.environ, "PYTHONPATH": str(ROOT)},
+        )
+        assert done.returncode == 0, done.stderr[-3000:]
+        results.append(json.loads(open(output + ".json").read()))
+        assert results[-1][2] == processes
+    assert results[0][1] == results[1][1]
+    assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+
+
+def test_two_processes_train_as_one_does(prepared, tmp_path):
+    """The same effective batch gives the same number of updates, and the script its run folder."""
+    folder = tmp_path / "two"
+    launch = [
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--num_processes=2",
+        "--cpu",
+        "--num_cpu_threads_per_process=1",
+    ]
+    done = subprocess.run(
+        [
+            *launch,
+            str(ROOT / "train.py"),
+            *arguments(
+                prepared, folder, "--epochs=1", "--learning_rate=1e-3", "--per_device_train_batch_size=50"
+            ),
+        ],
+        capture_output=True,
+        text=True,
+        timeout=240,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    results = json.loads((folder / "results.json").read_text())
+    assert results["step"] == 6
+    assert len(json.loads((folder / "predictions_test.json").read_text())) == 120
+    assert "2 process(es)" in done.stderr and "100 images per update" in done.stderr
+    assert done.stdout.count("cider_d") == 1, "one process speaks for all"
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--epochs=0"], "--epochs 0 is not above 0"),
+        (["--learning_rte=1"], "unknown flag --learning_rte; did you mean --learning_rate?"),
+        (["--learning_rate=fast"], "--learning_rate takes a number, not 'fast'"),
+        (["--learning_rate", "fast"], "--learning_rate takes a number, not 'fast'"),
+        (["--data_path=nowhere"], "did you run it?"),
+    ],
+)
+def test_mistakes_in_the_arguments_are_named_at_once(prepared, tmp_path, capsys, more, message):
+    with pytest.raises(SystemExit) as stopped:
+        train.parse_arguments(arguments(prepared, tmp_path / "run", *more))
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--encoder=no/such-encoder"], "--encoder 'no/such-encoder' is not here"),
+        (["--lr_scheduler_type=wavy"], "wavy"),
+        (["5"], "'5' belongs to no flag"),
+        (["--remove_unused_columns=True"], "--remove_unused_columns True cannot work here"),
+        (["--encoder_lr=-1"], "--encoder_lr -1 is not above 0"),
+        (["--resume_from_checkpoint=nowhere"], "'nowhere' is not a checkpoint folder"),
+        (["--eval_strategy=steps", "--save_strategy=epoch"], "requires the save and eval strategy to match"),
+    ],
+)
+def test_what_cannot_work_is_one_sentence(prepared, tmp_path, more, message):
+    with pytest.raises((InputError, SystemExit)) as stopped:
+        train.main(arguments(prepared, tmp_path / "run", *more))
+    if isinstance(stopped.value, InputError):
+        assert message in str(stopped.value)
+        assert "\n" not in str(stopped.value)
+
+
+def test_a_decoder_with_another_tokenizer_is_refused(prepared, tmp_path):
+    other = model.train_tokenizer(["entirely different words"] * 3, 300)
+    other.save_pretrained(tmp_path / "decoder")
+    with pytest.raises(InputError, match="has another tokenizer"):
+        train.main(arguments(prepared, tmp_path / "run", f"--decoder={tmp_path / 'decoder'}"))
+
+
+def test_an_earlier_run_is_not_written_over(trained, prepared, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        train.parse_arguments([f"--data_path={prepared}", f"--output_dir={trained}"])
+    assert stopped.value.code == 2
+    assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+
+
+def test_help_is_one_screen_and_help_all_has_every_flag():
+    short = script("train.py", "--help")
+    assert short.returncode == 0
+    assert len(short.stdout.splitlines()) <= 55
+    assert "--help_all" in short.stdout and "--data_path" in short.stdout
+    long = script("train.py", "--help_all")
+    for flag in (
+        "--data_path",
+        "--lr_scheduler_type",
+        "--adam_beta1",
+        "--bf16",
+        "--report_to",
+        "--generation_num_beams",
+    ):
+        assert flag in long.stdout
+    documented = {name for name in train.training_argument_types() if f"--{name}" in long.stdout}
+    assert {"learning_rate", "predict_with_generate", "label_smoothing_factor"} <= documented
+    assert len(documented) > 80
