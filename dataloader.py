@@ -50,22 +50,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     source = parser.add_argument_group("where the images come from (default: COCO 2014 is fetched)")
     source.add_argument("--coco_dir", type=Path, help="a COCO 2014 root: annotations/, train2014/, val2014/")
-    source.add_argument(
-        "--karpathy_json", type=Path, help="a Karpathy file (dataset_coco.json, dataset_flickr8k.json)"
-    )
+    source.add_argument("--karpathy_json", type=Path, help="a Karpathy file (dataset_coco.json, dataset_flickr8k.json)")
     source.add_argument("--image_dir", type=Path, help="the images of --karpathy_json")
-    source.add_argument(
-        "--sample", action="store_true", help="draw a small data set instead; needs no network"
-    )
+    source.add_argument("--sample", action="store_true", help="draw a small data set instead; needs no network")
     source.add_argument("--coco_url", default=coco.COCO_URL, help="the server that COCO 2014 is fetched from")
     source.add_argument(
         "--cache_dir", type=Path, default=Path("~/.cache/captioning/coco2014"), help="keeps what was fetched"
     )
 
     choice = parser.add_argument_group("which images")
-    choice.add_argument(
-        "--limit_data", type=int, default=2000, metavar="N", help="images in all; 0: every image"
-    )
+    choice.add_argument("--limit_data", type=int, default=2000, metavar="N", help="images in all; 0: every image")
     choice.add_argument("--val_share", type=float, default=0.1, help="share of the images for validation")
     choice.add_argument("--test_share", type=float, default=0.1, help="share of the images for test")
     choice.add_argument("--seed", type=int, default=0, help="decides which images are chosen")
@@ -82,30 +76,20 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         default="gpt2",
         help="decides the tokenizer: a hub id, a folder, or a preset, which learns one from the training captions",
     )
-    form.add_argument(
-        "--max_length", type=int, default=64, metavar="TOKENS", help="longest caption, its end included"
-    )
-    form.add_argument(
-        "--num_proc", type=int, default=os.cpu_count() or 1, help="processes that prepare images"
-    )
+    form.add_argument("--max_length", type=int, default=64, metavar="TOKENS", help="longest caption, its end included")
+    form.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes that prepare images")
     form.add_argument("--debug", action="store_true", help=cli.DEBUG_HELP)
     args = parser.parse_args(argv)
 
     if args.limit_data < 0:
-        parser.error(
-            f"--limit_data {args.limit_data} is negative; give a number of images, or 0 for every image"
-        )
+        parser.error(f"--limit_data {args.limit_data} is negative; give a number of images, or 0 for every image")
     for name in ("val_share", "test_share"):
         if not 0 < getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} is not between 0 and 1")
     if args.val_share + args.test_share >= 1:
-        parser.error(
-            f"--val_share {args.val_share} and --test_share {args.test_share} leave no images to train on"
-        )
+        parser.error(f"--val_share {args.val_share} and --test_share {args.test_share} leave no images to train on")
     if args.max_length < 2:
-        parser.error(
-            f"--max_length {args.max_length} leaves no room for a word and the end token; give 2 or more"
-        )
+        parser.error(f"--max_length {args.max_length} leaves no room for a word and the end token; give 2 or more")
     if args.num_proc < 1:
         parser.error(f"--num_proc {args.num_proc} is no number of processes; give 1 or more")
     if (args.karpathy_json is None) != (args.image_dir is None):
@@ -137,9 +121,7 @@ def plan(pools: dict[str, list[coco.Record]], args: argparse.Namespace) -> list[
         if validation + test > available:
             validation = max(1, available * validation // (validation + test))
             test = available - validation
-            cli.note(
-                f"val2014 holds {available:,} images only: validation gets {validation:,}, test {test:,}"
-            )
+            cli.note(f"val2014 holds {available:,} images only: validation gets {validation:,}, test {test:,}")
         return [
             Draw("validation", validation, ["val2014"]),
             Draw("test", test, ["val2014"]),
@@ -301,9 +283,7 @@ class SplitWriter:
 
         for writer in self.writers.values():
             writer.finalize()
-        return DatasetDict(
-            {split: Dataset.from_file(str(self.folder / f"{split}.arrow")) for split in SPLITS}
-        )
+        return DatasetDict({split: Dataset.from_file(str(self.folder / f"{split}.arrow")) for split in SPLITS})
 
 
 def tokenise(splits, tokenizer, max_length: int) -> tuple[Any, int]:
@@ -412,9 +392,7 @@ def read_source(args: argparse.Namespace, work: Path) -> tuple[dict[str, list[co
         karpathy = sample.draw(work / "sample")
         return coco.read_karpathy(karpathy, karpathy.parent), "drawn scenes"
     if args.karpathy_json:
-        return coco.read_karpathy(
-            args.karpathy_json, args.image_dir
-        ), f"Karpathy file {args.karpathy_json.name}"
+        return coco.read_karpathy(args.karpathy_json, args.image_dir), f"Karpathy file {args.karpathy_json.name}"
     if args.coco_dir:
         return coco.read_coco(args.coco_dir), "COCO 2014 from a folder"
     url = args.coco_url.rstrip("/")
@@ -441,9 +419,7 @@ def main(argv: list[str] | None = None) -> int:
         image_processor = model.load_image_processor(args.encoder)
         tokenizer = None if args.decoder in model.DECODER_PRESETS else model.load_tokenizer(args.decoder)
         # Room for a random crop: 256 pixels for a model that sees 224.
-        short_side = max(
-            model.resized_side(image_processor), round(model.input_side(image_processor) * 8 / 7)
-        )
+        short_side = max(model.resized_side(image_processor), round(model.input_side(image_processor) * 8 / 7))
         cli.note(f"images are stored with a shorter side of {short_side} px at most, for {args.encoder}")
 
         spool = work / ".spool"

@@ -44,9 +44,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     score.add_argument(
         "--data_path", type=Path, help="a folder of dataloader.py: caption one of its splits and score it"
     )
-    score.add_argument(
-        "--split", default="test", choices=("train", "validation", "test"), help="(default: test)"
-    )
+    score.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(default: test)")
     score.add_argument(
         "--predictions",
         type=Path,
@@ -122,9 +120,7 @@ def _best_device(torch) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def captions(
-    bundle, pictures: Iterator[tuple[Any, Any]], batch_size: int, total: int
-) -> Iterator[tuple[Any, str]]:
+def captions(bundle, pictures: Iterator[tuple[Any, Any]], batch_size: int, total: int) -> Iterator[tuple[Any, str]]:
     """(key, uint8 pixels) pairs -> (key, caption) pairs, a batch at a time."""
     import numpy as np
     import torch
@@ -240,8 +236,7 @@ def score(args: argparse.Namespace) -> int:
         target = file.with_name(f"scores_per_image_{args.split}.json")
     scores, per_image = metrics.coco_scores(predictions, references, per_image=True)
     content = [
-        {"image_id": image_id, "caption": predictions[image_id], **values}
-        for image_id, values in per_image.items()
+        {"image_id": image_id, "caption": predictions[image_id], **values} for image_id, values in per_image.items()
     ]
     write_whole(target, json.dumps(sorted(content, key=lambda row: row["cider_d"]), indent=1) + "\n")
     cli.note(f"scores of each image, the worst first, written to {target}")

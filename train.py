@@ -59,33 +59,19 @@ def build_parser() -> argparse.ArgumentParser:
         allow_abbrev=False,
     )
     data = parser.add_argument_group("data and output")
-    data.add_argument(
-        "--data_path", type=Path, default=Path("processed_data"), help="what dataloader.py wrote"
-    )
-    data.add_argument(
-        "--output_dir", type=Path, default=Path("vit-gpt2-coco"), help="the run folder to write"
-    )
-    data.add_argument(
-        "--epochs", type=float, default=10, help="passes over the training images (default: 10)"
-    )
+    data.add_argument("--data_path", type=Path, default=Path("processed_data"), help="what dataloader.py wrote")
+    data.add_argument("--output_dir", type=Path, default=Path("vit-gpt2-coco"), help="the run folder to write")
+    data.add_argument("--epochs", type=float, default=10, help="passes over the training images (default: 10)")
     data.add_argument(
         "--resume_from_checkpoint",
         metavar="DIR",
         help="continue from this checkpoint; auto: from the newest one",
     )
     parts = parser.add_argument_group("model")
-    parts.add_argument(
-        "--encoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)"
-    )
-    parts.add_argument(
-        "--decoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)"
-    )
-    parts.add_argument(
-        "--freeze_encoder", action="store_true", help="train the decoder and its cross-attention only"
-    )
-    rates = parser.add_argument_group(
-        "learning rates (--learning_rate is for parts that start from random weights)"
-    )
+    parts.add_argument("--encoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)")
+    parts.add_argument("--decoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)")
+    parts.add_argument("--freeze_encoder", action="store_true", help="train the decoder and its cross-attention only")
+    rates = parser.add_argument_group("learning rates (--learning_rate is for parts that start from random weights)")
     for part, default in (("encoder", "2e-5"), ("decoder", "1e-4"), ("cross_attention", "1e-4")):
         help_text = f"of the {part.replace('_', '-')} when it is pretrained (default: {default})"
         rates.add_argument(f"--{part}_lr", type=float, metavar="RATE", help=help_text)
@@ -96,9 +82,7 @@ def build_parser() -> argparse.ArgumentParser:
         default=True,
         help="all captions of an image in one decoder sequence: the same loss, several times faster (default: on)",
     )
-    rest.add_argument(
-        "--help_all", action="store_true", help="show every flag of Seq2SeqTrainingArguments as well"
-    )
+    rest.add_argument("--help_all", action="store_true", help="show every flag of Seq2SeqTrainingArguments as well")
     rest.add_argument("--debug", action="store_true", help=cli.DEBUG_HELP)
     return parser
 
@@ -123,9 +107,7 @@ def check_rest(parser: argparse.ArgumentParser, rest: list[str]) -> None:
     """Refuse flags that nobody knows and numbers that are none, before anything heavy is imported."""
     types = training_argument_types()
     known = {option for action in parser._actions for option in action.option_strings}
-    known |= {f"--{name}" for name in types} | {
-        f"--no_{name}" for name in types if types[name].startswith("bool")
-    }
+    known |= {f"--{name}" for name in types} | {f"--no_{name}" for name in types if types[name].startswith("bool")}
     for position, word in enumerate(rest):
         if not word.startswith("--"):
             continue
@@ -182,7 +164,7 @@ def parse_arguments(argv: list[str] | None):
             cli.note(f"starting {processes} CPU processes with torch.distributed.run")
             words = sys.argv[1:] if argv is None else argv
             launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-            os.execv(sys.executable, [sys.executable, *launcher, os.path.abspath(__file__), *words])
+            os.execv(sys.executable, [sys.executable, *launcher, str(Path(__file__).resolve()), *words])
 
     from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
@@ -200,9 +182,7 @@ def parse_arguments(argv: list[str] | None):
         own.append(f"--num_train_epochs={args.epochs}")
     trainer_parser.set_defaults(**device_defaults())
     try:
-        training, unused = trainer_parser.parse_args_into_dataclasses(
-            [*own, *rest], return_remaining_strings=True
-        )
+        training, unused = trainer_parser.parse_args_into_dataclasses([*own, *rest], return_remaining_strings=True)
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(str(error).strip().splitlines()[0]) from error
     if unused:
@@ -243,9 +223,7 @@ def load_data(args: argparse.Namespace):
     try:
         splits = load_from_disk(str(args.data_path))
     except (OSError, ValueError) as error:
-        raise InputError(
-            f"--data_path '{args.data_path}' cannot be read ({error}); run dataloader.py again"
-        ) from None
+        raise InputError(f"--data_path '{args.data_path}' cannot be read ({error}); run dataloader.py again") from None
     for split in ("train", "validation", "test"):
         if split not in splits or not len(splits[split]):
             raise InputError(f"--data_path '{args.data_path}' has no {split} images; run dataloader.py again")
@@ -294,9 +272,7 @@ def find_checkpoint(args: argparse.Namespace) -> str | None:
             cli.note(f"no checkpoint in '{args.output_dir}': starting anew")
         return found
     if not (Path(asked) / "trainer_state.json").is_file():
-        raise InputError(
-            f"--resume_from_checkpoint '{asked}' is not a checkpoint folder; name a checkpoint-* or auto"
-        )
+        raise InputError(f"--resume_from_checkpoint '{asked}' is not a checkpoint folder; name a checkpoint-* or auto")
     return asked
 
 
@@ -339,9 +315,7 @@ def main(argv: list[str] | None = None) -> int:
     bundle = model.Bundle(net, tokenizer, image_processor)
     rates = learning_rates(args, training, net, new)
     every, trained = model.count_parameters(net)
-    say(
-        f"model: {args.encoder} -> {args.decoder}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M of them trained"
-    )
+    say(f"model: {args.encoder} -> {args.decoder}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
     used = {part: rate for part, rate in rates.items() if not (part == "encoder" and args.freeze_encoder)}
     say("learning rates: " + ", ".join(f"{part} {rate:g}" for part, rate in used.items()))
 
@@ -372,13 +346,9 @@ def main(argv: list[str] | None = None) -> int:
         validation = strip(trainer.evaluate(), "eval_")
     test = strip(trainer.predict(datasets["test"]).metrics, "test_")
     if trainer.is_world_process_zero():
-        write_run(
-            args, training, trainer, bundle, splits["test"], references, validation, test, description, report
-        )
+        write_run(args, training, trainer, bundle, splits["test"], references, validation, test, description, report)
         print(table(validation, test))
-        say(
-            f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ..."
-        )
+        say(f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ...")
     trainer.accelerator.end_training()
     return 0
 
@@ -415,9 +385,7 @@ def table(validation: dict[str, float], test: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def write_run(
-    args, training, trainer, bundle, test_rows, references, validation, test, description, report
-) -> None:
+def write_run(args, training, trainer, bundle, test_rows, references, validation, test, description, report) -> None:
     """Everything in the run folder besides the checkpoints."""
     from captioning import model
 
@@ -443,9 +411,7 @@ def write_run(
         },
     }
     write_whole(folder / "results.json", json.dumps(content, indent=2, default=str) + "\n")
-    report.draw_curves(
-        trainer.state.log_history, folder / "training_curves.png", trainer.state.best_global_step
-    )
+    report.draw_curves(trainer.state.log_history, folder / "training_curves.png", trainer.state.best_global_step)
     report.draw_gallery(
         [
             {"image": row["image"], "caption": predictions[row["image_id"]], "reference": row["captions"][0]}

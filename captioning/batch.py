@@ -54,9 +54,7 @@ class Pixels:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """An RGB image -> uint8 (3, height, width), resized and cropped."""
-        return self.image_processor(
-            image, do_rescale=False, do_normalize=False, return_tensors="np"
-        ).pixel_values[0]
+        return self.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
         """uint8 (batch, 3, height, width) -> float32 of the same shape, on the same device."""

@@ -86,9 +86,7 @@ def open_image(
     """
     name = os.fsdecode(source)
     # Held in no variable, the file's bytes are freed as soon as PIL has its own.
-    image = decode(
-        read_bytes(source, max_bytes=max_bytes, timeout=timeout, deadline=deadline), name, min_side=min_side
-    )
+    image = decode(read_bytes(source, max_bytes=max_bytes, timeout=timeout, deadline=deadline), name, min_side=min_side)
     return to_rgb(image, name)
 
 
@@ -186,9 +184,7 @@ def _download(url: str, max_bytes: int, timeout: float, deadline: float) -> byte
                     if location is None:
                         return _body(response, url, max_bytes, began, deadline)
                     hop = _next_hop(hop, location, url)
-            raise InputError(
-                f"cannot fetch {_shown(url)}: more than {MAX_REDIRECTS} redirects; use the final address"
-            )
+            raise InputError(f"cannot fetch {_shown(url)}: more than {MAX_REDIRECTS} redirects; use the final address")
     except (requests.Timeout, urllib3.exceptions.TimeoutError):
         raise InputError(_too_slow(url, timeout)) from None
     except requests.exceptions.SSLError:
@@ -349,9 +345,7 @@ def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
         warnings.simplefilter("ignore")
         image = Image.open(_Metered(data), formats=[kind])
     if any(tile[0] == "bmp_rle" for tile in image.tile):
-        raise InputError(
-            f"cannot use {_shown(name)}: it is a run-length encoded BMP; convert it to PNG or JPEG"
-        )
+        raise InputError(f"cannot use {_shown(name)}: it is a run-length encoded BMP; convert it to PNG or JPEG")
     if buffered and scans * image.width * image.height > MAX_SCANNED_PIXELS:
         raise InputError(
             f"cannot use {_shown(name)}: {image.width}x{image.height} pixels in {scans} scans "

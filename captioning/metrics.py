@@ -35,7 +35,8 @@ def coco_scores(
     """Score one caption per image against all of the image's references.
 
     Args:
-        predictions: {image id: caption}. An empty caption is allowed and scores 0.
+        predictions: {image id: caption}. An empty caption is allowed and scores 0; only if a reference has
+            no words either, ROUGE-L is 1, as in the official code.
         references: {image id: captions}, the same ids, at least one caption each; any order of ids.
         per_image: also return the scores of every image.
         rouge: also compute rouge_1, rouge_2 and rouge_lsum.
@@ -332,9 +333,7 @@ def _coco_caption_metric():
             )
 
         def _compute(self, predictions, references, rouge=True):
-            return coco_scores(
-                dict(enumerate(predictions)), dict(enumerate(map(list, references))), rouge=rouge
-            )
+            return coco_scores(dict(enumerate(predictions)), dict(enumerate(map(list, references))), rouge=rouge)
 
     CocoCaptionMetric.__qualname__ = "CocoCaptionMetric"
     return CocoCaptionMetric

@@ -124,11 +124,7 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
             )
         )
     except (OSError, ValueError) as error:
-        reason = (
-            "is not on the Hugging Face hub"
-            if _hub_is_reachable()
-            else "is not here and the hub is not reachable"
-        )
+        reason = "is not on the Hugging Face hub" if _hub_is_reachable() else "is not here and the hub is not reachable"
         raise InputError(
             f"{what} '{name}' {reason} ({type(error).__name__}); "
             "name a local folder, an id that exists, or a preset: tiny, small, base"
@@ -138,9 +134,7 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
 def _require_safetensors(folder: Path, what: str) -> None:
     if any(folder.glob("*.safetensors")):
         return
-    pickled = sorted(
-        path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern)
-    )
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if pickled:
         raise InputError(
             f"{what} '{folder}' holds pickled weights ({pickled[0]}), which can run code when they are opened; "
@@ -159,9 +153,7 @@ def _read_config(folder: Path, what: str):
     except OSError:
         raise InputError(f"{what} '{folder}' has no config.json; it is not a model folder") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(
-            f"{what} '{folder}' has a config.json that transformers cannot use: {error}"
-        ) from None
+        raise InputError(f"{what} '{folder}' has a config.json that transformers cannot use: {error}") from None
 
 
 # ---- tokenizer and image processor
@@ -178,9 +170,7 @@ def load_tokenizer(name: str | os.PathLike, what: str = "--decoder") -> PreTrain
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{what} '{name}' has no usable tokenizer ({str(error).splitlines()[0]})") from None
     if tokenizer.eos_token_id is None:
-        raise InputError(
-            f"the tokenizer of {what} '{name}' has no end-of-sequence token; name a GPT-2 style decoder"
-        )
+        raise InputError(f"the tokenizer of {what} '{name}' has no end-of-sequence token; name a GPT-2 style decoder")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -245,9 +235,7 @@ def _longest_of(size) -> int:
     size = dict(size)
     sides = [size[key] for key in ("shortest_edge", "height", "width") if size.get(key)]
     if not sides:
-        raise InputError(
-            f"the image processor's size {size} names neither height and width nor shortest_edge"
-        )
+        raise InputError(f"the image processor's size {size} names neither height and width nor shortest_edge")
     return max(sides)
 
 
@@ -271,9 +259,7 @@ def build_encoder(name: str):
     except (OSError, ValueError, RuntimeError) as error:
         raise InputError(f"cannot load --encoder '{name}': {str(error).splitlines()[0]}") from None
     if encoder.main_input_name != "pixel_values" or not hasattr(encoder.config, "hidden_size"):
-        raise InputError(
-            f"--encoder '{name}' is a {config.model_type}, not a vision encoder with patch states"
-        )
+        raise InputError(f"--encoder '{name}' is a {config.model_type}, not a vision encoder with patch states")
     return encoder
 
 
@@ -319,9 +305,7 @@ def build(encoder: str, decoder: str, tokenizer: PreTrainedTokenizerBase) -> Vis
     Raises:
         InputError: either name cannot be loaded, or they do not fit the tokenizer.
     """
-    model = VisionEncoderDecoderModel(
-        encoder=build_encoder(encoder), decoder=build_decoder(decoder, tokenizer)
-    )
+    model = VisionEncoderDecoderModel(encoder=build_encoder(encoder), decoder=build_decoder(decoder, tokenizer))
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     tokens = {
         "decoder_start_token_id": start,
@@ -372,11 +356,7 @@ def new_parameters(model: VisionEncoderDecoderModel, encoder: str, decoder: str)
 
 def is_cross_attention(parameter: str) -> bool:
     """Whether a parameter belongs to what connects the decoder to the image."""
-    return (
-        ".crossattention." in parameter
-        or ".ln_cross_attn." in parameter
-        or parameter.startswith("enc_to_dec_proj")
-    )
+    return ".crossattention." in parameter or ".ln_cross_attn." in parameter or parameter.startswith("enc_to_dec_proj")
 
 
 def _stores_cross_attention(folder: Path) -> bool:
@@ -400,9 +380,7 @@ def load(path: str | os.PathLike) -> Bundle:
     folder = resolve(path, "--model_path")
     config = _read_config(folder, "--model_path")
     if config.model_type != "vision-encoder-decoder":
-        raise InputError(
-            f"--model_path '{path}' is a {config.model_type}, not an image captioner; {BUNDLE_HINT}"
-        )
+        raise InputError(f"--model_path '{path}' is a {config.model_type}, not an image captioner; {BUNDLE_HINT}")
     _require_safetensors(folder, "--model_path")
     try:
         model = VisionEncoderDecoderModel.from_pretrained(

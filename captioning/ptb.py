@@ -68,6 +68,7 @@ def _tokenize(text: str) -> str:
         tokens.append(printed if printed in ("", "\n") else printed + " ")
         begin = end
     printed = "".join(tokens)
+    # lower() and Java disagree on one thing: a capital sigma with digits or marks between it and more letters.
     return printed.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").lower()
 
 
@@ -203,9 +204,7 @@ _NAMES = {
         "[T]h(at|e|eir|en|ere|ese|ey|is)|[W](e|hen|hile|hat)|[Y](et|ou)|<tag>"
     ),
     # The web.
-    "tag": (
-        r"\<([!?][A-Za-z\-][^>\r\n]*|<tag name>( +<tag name>( *= *<tag value>)?)* *\/?|\/<tag name>) *\>"
-    ),
+    "tag": (r"\<([!?][A-Za-z\-][^>\r\n]*|<tag name>( +<tag name>( *= *<tag value>)?)* *\/?|\/<tag name>) *\>"),
     "tag name": r"[A-Za-z][A-Za-z0-9_:.\-]*",
     "tag value": r"'[^']*'|\"[^\"]*\"",
     "url end": r"[^ \t\n\f\r\"<>|.!?(){},-]",
@@ -335,9 +334,7 @@ _is_later = _one_of(
 
 _CLASSES = {
     "any": lambda char: True,
-    "alpha": lambda char: (
-        (unicodedata.category(char)[0] == "L" and not _is_later(char)) or char in "\u1885\u1886"
-    ),
+    "alpha": lambda char: (unicodedata.category(char)[0] == "L" and not _is_later(char)) or char in "\u1885\u1886",
     "digit": lambda char: unicodedata.category(char) == "Nd" and not _is_later(char),
     # In words, but no letters: combining marks, modifiers, the soft hyphen.
     "mark": _one_of(
@@ -437,9 +434,9 @@ class _Automaton:
 
     def _parse(self, pattern: str) -> _Fragment:
         """Recursive descent: alternatives of sequences of repeated atoms."""
-        tokens = re.compile(
-            r"\\u....|\[\^?(?:\\.|[^\]\\])*\]|<[a-z ]+>|\{\d+(?:,\d+)?\}|\\.|.", re.DOTALL
-        ).findall(pattern)
+        tokens = re.compile(r"\\u....|\[\^?(?:\\.|[^\]\\])*\]|<[a-z ]+>|\{\d+(?:,\d+)?\}|\\.|.", re.DOTALL).findall(
+            pattern
+        )
         fragment, rest = self._alternatives(tokens, 0)
         assert rest == len(tokens), pattern
         return fragment

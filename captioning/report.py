@@ -71,8 +71,7 @@ def curves_figure(log_history: list[dict], best_step: int | None = None):
     from matplotlib.figure import Figure
 
     losses, scores, cider = (
-        {key: points for key in keys if (points := _series(log_history, key))}
-        for keys in (LOSSES, SCORES, CIDER)
+        {key: points for key in keys if (points := _series(log_history, key))} for keys in (LOSSES, SCORES, CIDER)
     )
     epochs = [epoch for group in (losses, scores, cider) for xs, _ in group.values() for epoch in xs]
     epoch_of = {entry["step"]: entry["epoch"] for entry in log_history if {"step", "epoch"} <= entry.keys()}

@@ -31,9 +31,7 @@ NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 # Shared by nobody but the test split: one colour of each shape.
-HELD_OUT = {
-    (colour, shape) for i, colour in enumerate(COLOURS) for j, shape in enumerate(SHAPES) if i == j + 1
-}
+HELD_OUT = {(colour, shape) for i, colour in enumerate(COLOURS) for j, shape in enumerate(SHAPES) if i == j + 1}
 SEEN = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT]
 SPLITS = {"train": 600, "val": 80, "test": 120}
 GRAYSCALE = {"train": 9, "val": 3}  # files of mode L, so that the RGB filter has work
@@ -60,9 +58,7 @@ def draw(root: Path, seed: int = 0) -> Path:
             image_id = len(images) + 1
             name = f"COCO_{folder}_{image_id:012d}.jpg"
             _save(scene, root / folder / name)
-            sentences = [
-                {"raw": caption, "tokens": caption.lower().rstrip(".").split()} for caption in captions
-            ]
+            sentences = [{"raw": caption, "tokens": caption.lower().rstrip(".").split()} for caption in captions]
             images.append(
                 {
                     "cocoid": image_id,
@@ -112,10 +108,7 @@ def _draw_one(rng: random.Random, background: str, colour: str, shape: str) -> S
 def _draw_several(rng: random.Random, background: str, colour: str, shape: str) -> Scene:
     count = rng.choice(sorted(NUMBERS))
     corners = rng.sample([(34, 34), (94, 34), (34, 94), (94, 94)], count)
-    items = [
-        (colour, shape, (x + rng.uniform(-9, 9), y + rng.uniform(-9, 9)), rng.uniform(15, 20))
-        for x, y in corners
-    ]
+    items = [(colour, shape, (x + rng.uniform(-9, 9), y + rng.uniform(-9, 9)), rng.uniform(15, 20)) for x, y in corners]
     number = NUMBERS[count]
     captions = [
         f"{number.capitalize()} {colour} {shape}s on a {background} background.",
@@ -136,9 +129,7 @@ def _draw_two(rng: random.Random, background: str, first: tuple[str, str], secon
         centres = [(along[0], across), (along[1], across + drift)]
     else:
         centres = [(across, along[0]), (across + drift, along[1])]
-    items = [
-        (*thing, centre, rng.uniform(16, 22)) for thing, centre in zip((first, second), centres, strict=True)
-    ]
+    items = [(*thing, centre, rng.uniform(16, 22)) for thing, centre in zip((first, second), centres, strict=True)]
     a, b = (f"{colour} {shape}" for colour, shape in (first, second))
     inverse = RELATIONS[relation]
     captions = [
@@ -183,8 +174,7 @@ def _coco_annotations(images: list[dict[str, Any]], folder: str) -> dict[str, An
         "licenses": [],
         "type": "captions",
         "images": [
-            {"id": image["cocoid"], "file_name": image["filename"], "height": SIDE, "width": SIDE}
-            for image in chosen
+            {"id": image["cocoid"], "file_name": image["filename"], "height": SIDE, "width": SIDE} for image in chosen
         ],
         "annotations": [
             {"id": image["cocoid"] * 10 + number, "image_id": image["cocoid"], "caption": sentence["raw"]}

@@ -1,4 +1,4 @@
-"""The Seq2SeqTrainer of this project: a loss over real tokens, one generated caption per image, learning rates by part."""
+"""Our Seq2SeqTrainer: a loss over real tokens, one generated caption per image, learning rates by part."""
 
 from __future__ import annotations
 
@@ -102,9 +102,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             mask = packed_attention_mask(inputs.pop("segment_ids"))
             if self.bundle.model.decoder.config._attn_implementation == "eager":
                 # Eager attention adds its mask to the scores.
-                mask = torch.zeros(mask.shape, device=mask.device).masked_fill(
-                    ~mask, torch.finfo(torch.float32).min
-                )
+                mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
             inputs["decoder_attention_mask"] = mask
         inputs["use_cache"] = False
         return inputs
@@ -144,9 +142,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         transformers 5 saves ViT layers under other names than the model has, and its Trainer reads them back with
         `strict=False`: the encoder then silently keeps the weights it had. `from_pretrained` knows the names.
         """
-        saved = VisionEncoderDecoderModel.from_pretrained(
-            checkpoint, dtype=torch.float32, use_safetensors=True
-        )
+        saved = VisionEncoderDecoderModel.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
         self.model.load_state_dict(saved.state_dict())
 
     # ---- evaluation
@@ -171,9 +167,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         summed = zeros.index_add(0, image_of_row, losses.sum(1))
         counted = zeros.index_add(0, image_of_row, (labels != IGNORED).sum(1).to(zeros.dtype))
 
-        first_row_of_image = torch.searchsorted(
-            image_of_row, torch.arange(len(image_id), device=image_of_row.device)
-        )
+        first_row_of_image = torch.searchsorted(image_of_row, torch.arange(len(image_id), device=image_of_row.device))
         with torch.inference_mode():
             tokens = self.model.generate(
                 pixel_values=inputs["pixel_values"][first_row_of_image],
@@ -203,9 +197,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             raise RuntimeError(f"{len(ids):,} images came back from an evaluation of {self._images:,}")
         tokens = np.where(tokens == IGNORED, self.bundle.tokenizer.pad_token_id, tokens)[first]
         self.predictions = dict(zip(ids.tolist(), decode(self.bundle.tokenizer, tokens), strict=True))
-        scores = coco_scores(
-            self.predictions, {image_id: self.references[image_id] for image_id in self.predictions}
-        )
+        scores = coco_scores(self.predictions, {image_id: self.references[image_id] for image_id in self.predictions})
         return {"loss": float(summed[first].sum() / counted[first].sum()), **scores}
 
 
@@ -232,12 +224,8 @@ class Progress(ProgressCallback):
             if self.training_bar is not None:
                 self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
         if "eval_loss" in logs:
-            scores = "  ".join(
-                f"{name} {logs['eval_' + key]:.3f}" for key, name in SHOWN if "eval_" + key in logs
-            )
-            tqdm.write(
-                f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}", file=sys.stderr
-            )
+            scores = "  ".join(f"{name} {logs['eval_' + key]:.3f}" for key, name in SHOWN if "eval_" + key in logs)
+            tqdm.write(f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}", file=sys.stderr)
 
 
 SHOWN = (("bleu_1", "BLEU-1"), ("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider_d", "CIDEr-D"))

@@ -44,9 +44,7 @@ def test_truncation_keeps_the_eos(tokenizer):
 
 def test_padding_is_masked_by_length_and_eos_is_not():
     # Padding and end token are the same id, as in GPT-2.
-    one_per_row = batch.Collator(start_token_id=0, pad_token_id=0, packed=False)(
-        rows([[5, 6, 0], [7, 0]], [[8, 0]])
-    )
+    one_per_row = batch.Collator(start_token_id=0, pad_token_id=0, packed=False)(rows([[5, 6, 0], [7, 0]], [[8, 0]]))
     assert one_per_row["labels"].tolist() == [[5, 6, 0], [7, 0, -100], [8, 0, -100]]
     assert one_per_row["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 7, 0], [0, 8, 0]]
     assert one_per_row["pixel_values"][:, 0, 0, 0].tolist() == [0, 0, 1]
@@ -102,7 +100,5 @@ def test_rows_of_a_prepared_folder(prepared):
     row = batch.CaptionDataset(split, batch.Pixels(processor))[3]
     assert row["image_id"] == split[3]["image_id"]
     assert row["labels"] == split[3]["labels"]
-    expected = processor(
-        split[3]["image"], do_rescale=False, do_normalize=False, return_tensors="np"
-    ).pixel_values[0]
+    expected = processor(split[3]["image"], do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]
     assert (row["pixels"] == expected).all()

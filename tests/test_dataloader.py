@@ -1,13 +1,16 @@
 """Stage 1: exactly N RGB images, split by image, tokenised with one end token each, written whole."""
 
 import filecmp
+import io
 import json
 import random
+import zipfile
 from collections import Counter
 
 import pytest
 from conftest import script
 from datasets import load_from_disk
+from httpserver import Server, body
 from PIL import Image
 from test_coco import coco_folder, write
 
@@ -28,8 +31,8 @@ def coco_dir(tmp_path_factory):
     """30 train2014 and 20 val2014 images; 4 and 3 of them not RGB, 1 missing, 1 broken, 1 without captions."""
     root = tmp_path_factory.mktemp("coco")
     captions = ["A small dog runs.", "a dog   is running\n", "Dog"]
-    train = {i: captions for i in range(1, 31)} | {30: ["  "]}
-    coco_folder(root, train, {i: captions for i in range(101, 121)})
+    train = dict.fromkeys(range(1, 31), captions) | {30: ["  "]}
+    coco_folder(root, train, dict.fromkeys(range(101, 121), captions))
     train_names = [f"COCO_train2014_{i:012d}.jpg" for i in range(1, 31)]
     val_names = [f"COCO_val2014_{i:012d}.jpg" for i in range(101, 121)]
     photographs(root / "train2014", train_names)
@@ -63,9 +66,7 @@ def ids(splits):
 
 
 def test_exactly_n_images_split_by_image(coco_dir, tmp_path):
-    splits, _ = prepare(
-        coco_dir, tmp_path / "out", "--limit_data", 20, "--val_share", 0.2, "--test_share", 0.1
-    )
+    splits, _ = prepare(coco_dir, tmp_path / "out", "--limit_data", 20, "--val_share", 0.2, "--test_share", 0.1)
     assert {name: len(rows) for name, rows in splits.items()} == {"train": 14, "validation": 4, "test": 2}
     every = [i for values in ids(splits).values() for i in values]
     assert len(set(every)) == 20
@@ -240,9 +241,7 @@ def test_the_sample_keeps_combinations_for_the_test_split(prepared):
     pairs = [f"{colour} {shape}" for colour, shape in HELD_OUT]
 
     def showing(split):
-        return sum(
-            any(pair in " ".join(captions) for pair in pairs) for captions in splits[split]["captions"]
-        )
+        return sum(any(pair in " ".join(captions) for pair in pairs) for captions in splits[split]["captions"])
 
     assert len(pairs) == 4
     assert (showing("train"), showing("validation"), showing("test")) == (0, 0, 60)
@@ -260,6 +259,36 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path):
     assert len(done.stderr.strip().splitlines()) == 1
     assert "--coco_dir" in done.stderr and "--sample" in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+def test_coco_is_fetched_image_by_image_and_kept_for_later_runs(coco_dir, tmp_path):
+    """From a real server on this machine, laid out as COCO's: the captions as a zip, images one by one."""
+    archive = io.BytesIO()
+    with zipfile.ZipFile(archive, "w") as members:
+        for part in ("train2014", "val2014"):
+            name = f"annotations/captions_{part}.json"
+            members.write(coco_dir / name, name)
+    routes = {"/annotations/annotations_trainval2014.zip": body(archive.getvalue())}
+    for path in coco_dir.glob("*2014/*.jpg"):
+        routes[f"/{path.parent.name}/{path.name}"] = body(path.read_bytes())
+    with Server(routes) as server:
+        arguments = [
+            f"--coco_url={server.url('')}",
+            f"--cache_dir={tmp_path / 'cache'}",
+            "--encoder=tiny",
+            "--decoder=tiny",
+            "--num_proc=1",
+        ]
+        dataloader.main([*arguments, f"--save_path={tmp_path / 'fetched'}", "--limit_data=10"])
+        fetched = [request.path for request in server.requests if request.path.endswith(".jpg")]
+        assert 10 <= len(fetched) == len(set(fetched)) < 20, "what was chosen, and replacements for what was dropped"
+        seen = len(server.requests)
+        dataloader.main([*arguments, f"--save_path={tmp_path / 'again'}", "--limit_data=10"])
+        assert len(server.requests) == seen, "the second run is served from the cache"
+    same, _ = prepare(coco_dir, tmp_path / "local", "--limit_data", 10)
+    for name in ("fetched", "again"):
+        assert ids(load_from_disk(str(tmp_path / name))) == ids(same)
+        assert load_from_disk(str(tmp_path / name))["train"][0]["image"] == same["train"][0]["image"]
 
 
 def test_two_thousand_real_images_take_under_60_mb(shared, tmp_path):

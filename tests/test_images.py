@@ -208,9 +208,7 @@ def test_exif_orientation_is_applied(kind, orientation):
     stored = drawing() if undo is None else drawing().transpose(turns.get(undo, undo))
     exif = Image.Exif()
     exif[0x010F], exif[0x0112], exif[0x0131] = "maker", orientation, "software"
-    options = (
-        {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
-    )
+    options = {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
     image = decode(encoded(stored, kind, exif=exif, **options), "x")
     assert_near(image, drawing(), 4 if kind == "JPEG" else 0)
 
@@ -309,9 +307,7 @@ def test_a_folder_an_empty_file_a_page_and_a_text(tmp_path):
 def test_a_fifo_does_not_hang(tmp_path):
     os.mkfifo(tmp_path / "pipe.jpg")
     message = []
-    reader = threading.Thread(
-        target=lambda: message.append(refusal(read_bytes, tmp_path / "pipe.jpg")), daemon=True
-    )
+    reader = threading.Thread(target=lambda: message.append(refusal(read_bytes, tmp_path / "pipe.jpg")), daemon=True)
     reader.start()
     reader.join(5)
     assert message and "not a regular file" in message[0]
@@ -664,9 +660,7 @@ def test_a_stalled_server_times_out(server, route):
     assert time.monotonic() - began < 3
 
 
-@pytest.mark.parametrize(
-    "route", [drip(b"x" * 1000, 0.05), drip_headers(0.05)], ids=["slow-body", "slow-headers"]
-)
+@pytest.mark.parametrize("route", [drip(b"x" * 1000, 0.05), drip_headers(0.05)], ids=["slow-body", "slow-headers"])
 def test_a_slow_drip_meets_the_deadline(server, route):
     server.routes["/x"] = route
     began = time.monotonic()
@@ -775,9 +769,7 @@ def test_the_server_helper_answers_in_turn(server):
 
 def test_importing_is_light():
     code = "import sys, captioning.images; print(*sorted(sys.modules))"
-    output = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT
-    )
+    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not {"requests", "numpy", "torch", "urllib3"} & set(output.stdout.split())
 
 

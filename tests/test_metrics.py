@@ -54,8 +54,7 @@ def test_official_evaluation_now():
     job = {
         "predictions": [" ".join(rng.choices(words, k=rng.randrange(30))) for _ in range(50)],
         "references": [
-            [" ".join(rng.choices(words, k=rng.randint(1, 30))) for _ in range(rng.randint(1, 6))]
-            for _ in range(50)
+            [" ".join(rng.choices(words, k=rng.randint(1, 30))) for _ in range(rng.randint(1, 6))] for _ in range(50)
         ],
     }
     assert_official(*oracle.run([job]), by_id(job["predictions"]), by_id(job["references"]))

@@ -76,9 +76,7 @@ def test_every_kind_of_encoder_trains_saves_and_loads(kind, tokenizer, tmp_path)
 
     labels, _ = batch.encode_captions(tokenizer, ["a dog runs", "the grass"], 20)
     pixels = torch.randint(0, 256, (3, SIDE, SIDE), dtype=torch.uint8).numpy()
-    collated = batch.Collator(tokenizer.bos_token_id, 0)(
-        [{"image_id": 1, "pixels": pixels, "labels": labels}]
-    )
+    collated = batch.Collator(tokenizer.bos_token_id, 0)([{"image_id": 1, "pixels": pixels, "labels": labels}])
     logits = net(
         pixel_values=batch.Pixels(bundle.image_processor).normalise(collated["pixel_values"]),
         decoder_input_ids=collated["decoder_input_ids"],
@@ -190,9 +188,7 @@ def test_a_decoder_of_another_family_or_vocabulary_is_refused(tokenizer, tmp_pat
     ENCODERS["vit"]().save_pretrained(tmp_path / "vit")
     with pytest.raises(InputError, match="is a vit; name a model of the GPT-2 family"):
         model.build("tiny", str(tmp_path / "vit"), tokenizer)
-    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=100)).save_pretrained(
-        tmp_path / "small"
-    )
+    GPT2LMHeadModel(GPT2Config(n_embd=16, n_layer=1, n_head=2, vocab_size=100)).save_pretrained(tmp_path / "small")
     with pytest.raises(InputError, match="only 100"):
         model.build("tiny", str(tmp_path / "small"), tokenizer)
 

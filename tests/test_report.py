@@ -151,9 +151,7 @@ def test_draw_curves_writes_a_small_png(tmp_path, log):
 # Gallery
 
 
-@pytest.mark.parametrize(
-    ("count", "size"), [(0, (520, 60)), (1, (520, 490)), (3, (1040, 400)), (8, (1040, 630))]
-)
+@pytest.mark.parametrize(("count", "size"), [(0, (520, 60)), (1, (520, 490)), (3, (1040, 400)), (8, (1040, 630))])
 def test_draw_gallery_grows_with_its_items(tmp_path, count, size):
     path = tmp_path / "gallery.png"
     report.draw_gallery([item() for _ in range(count)], str(path))

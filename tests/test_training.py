@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -22,7 +23,7 @@ import train
 from captioning import InputError, batch, model
 from captioning.trainer import CaptionTrainer, caption_loss
 
-WORDS = "red green blue round square small large dog cat tree house car runs stands on under the a".split()
+WORDS = ["red", "green", "blue", "small", "large", "dog", "cat", "tree", "car", "runs", "on", "under", "the", "a"]
 
 
 def caption(rng) -> str:
@@ -34,9 +35,7 @@ class Rows(torch.utils.data.Dataset):
 
     def __init__(self, tokenizer, count, captions=(1, 6), seed=0):
         rng = np.random.default_rng(seed)
-        self.captions = {
-            100 + i: [caption(rng) for _ in range(rng.integers(*captions))] for i in range(count)
-        }
+        self.captions = {100 + i: [caption(rng) for _ in range(rng.integers(*captions))] for i in range(count)}
         self.rows = [
             {
                 "image_id": image_id,
@@ -101,9 +100,7 @@ def test_loss_is_the_cross_entropy_over_real_tokens():
     logits = torch.randn(2, 3, 5)
     labels = torch.tensor([[1, 4, -100], [0, -100, -100]])
     real = [(0, 0, 1), (0, 1, 4), (1, 0, 0)]
-    by_hand = [
-        math.log(sum(map(math.exp, logits[r, t].tolist()))) - logits[r, t, k].item() for r, t, k in real
-    ]
+    by_hand = [math.log(sum(map(math.exp, logits[r, t].tolist()))) - logits[r, t, k].item() for r, t, k in real]
     assert caption_loss(logits, labels, None).item() == pytest.approx(sum(by_hand) / 3, rel=1e-6)
     assert caption_loss(logits, labels, 12).item() == pytest.approx(sum(by_hand) / 12, rel=1e-6)
     smoothed = [
@@ -150,9 +147,7 @@ def test_an_update_does_not_depend_on_gradient_accumulation(tokenizer, tmp_path,
             max_grad_norm=0.0,
         )
         trainer.train()
-        weights.append(
-            {name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()}
-        )
+        weights.append({name: parameter.detach().clone() for name, parameter in trainer.model.named_parameters()})
     start = dict(make_trainer(tokenizer, rows, tmp_path).model.named_parameters())
     assert any(not torch.equal(weights[0][name], start[name]) for name in start)
     for other in weights[1:]:
@@ -177,9 +172,7 @@ def test_eight_images_are_learnt_by_heart_stop_included(tokenizer, tmp_path):
     assert metrics["eval_loss"] < 0.05
     assert metrics["eval_bleu_4"] == pytest.approx(1, abs=1e-6)
     # "stop included": generation ended by the end token, well before its limit.
-    assert trainer.model.generation_config.max_new_tokens > 2 * max(
-        len(row["labels"][0]) for row in rows.rows
-    )
+    assert trainer.model.generation_config.max_new_tokens > 2 * max(len(row["labels"][0]) for row in rows.rows)
 
 
 def test_evaluation_counts_each_image_once_and_each_token_once(tokenizer, tmp_path):
@@ -208,9 +201,7 @@ def test_each_part_has_its_learning_rate_and_keeps_it_along_the_schedule(tokeniz
             assert name not in seen
             seen[name] = group["lr"]
             assert group["weight_decay"] == (0.0 if parameter.ndim < 2 else 0.1), name
-    assert set(seen) == {
-        name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad
-    }
+    assert set(seen) == {name for name, parameter in trainer.model.named_parameters() if parameter.requires_grad}
     assert seen["decoder.transformer.wte.weight"] == 1e-4
     assert seen["decoder.transformer.h.0.crossattention.q_attn.weight"] == 1e-3
     for _ in range(5):
@@ -292,9 +283,7 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(prepared, tmp_path):
     state = json.loads(
         (max(folder.glob("checkpoint-*"), key=lambda p: int(p.name[11:])) / "trainer_state.json").read_text()
     )
-    scores = {
-        entry["step"]: entry["eval_cider_d"] for entry in state["log_history"] if "eval_cider_d" in entry
-    }
+    scores = {entry["step"]: entry["eval_cider_d"] for entry in state["log_history"] if "eval_cider_d" in entry}
     best = max(scores, key=scores.get)
     assert best != max(scores), "the last epoch came out best: the test needs a wilder learning rate"
     results = json.loads((folder / "results.json").read_text())
@@ -323,10 +312,7 @@ def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(prepared, tmp
     for later in (tmp_path / "killed").glob("checkpoint-1*"):
         shutil.rmtree(later)
     train.main(arguments(prepared, tmp_path / "killed", *common, "--resume_from_checkpoint=auto"))
-    weights = [
-        load_file(tmp_path / name / "checkpoint-18" / "model.safetensors")
-        for name in ("undisturbed", "killed")
-    ]
+    weights = [load_file(tmp_path / name / "checkpoint-18" / "model.safetensors") for name in ("undisturbed", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
 
 
@@ -343,8 +329,8 @@ def test_two_processes_score_every_image_once_and_as_one_process_does(trained, p
         "bundle = model.load(trained)\n"
         "rows = load_from_disk(prepared)['validation'].select(range(79))\n"
         "references = dict(zip(rows['image_id'], rows['captions']))\n"
-        "args = Seq2SeqTrainingArguments(output_dir=output, report_to='none', remove_unused_columns=False, use_cpu=True,\n"
-        "    predict_with_generate=True, per_device_eval_batch_size=10, disable_tqdm=True)\n"
+        "args = Seq2SeqTrainingArguments(output_dir=output, report_to='none', remove_unused_columns=False,\n"
+        "    use_cpu=True, predict_with_generate=True, per_device_eval_batch_size=10, disable_tqdm=True)\n"
         "net = bundle.model\n"
         "trainer = CaptionTrainer(bundle, references, {}, args=args,\n"
         "    data_collator=batch.Collator(net.config.decoder_start_token_id, bundle.tokenizer.pad_token_id))\n"
@@ -369,7 +355,7 @@ def test_two_processes_score_every_image_once_and_as_one_process_does(trained, p
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
         assert done.returncode == 0, done.stderr[-3000:]
-        results.append(json.loads(open(output + ".json").read()))
+        results.append(json.loads(Path(output + ".json").read_text()))
         assert results[-1][2] == processes
     assert results[0][1] == results[1][1]
     assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
@@ -390,9 +376,7 @@ def test_two_processes_train_as_one_does(prepared, tmp_path):
         [
             *launch,
             str(ROOT / "train.py"),
-            *arguments(
-                prepared, folder, "--epochs=1", "--learning_rate=1e-3", "--per_device_train_batch_size=50"
-            ),
+            *arguments(prepared, folder, "--epochs=1", "--learning_rate=1e-3", "--per_device_train_batch_size=50"),
         ],
         capture_output=True,
         text=True,

@@ -39,9 +39,7 @@ def main(argv=None) -> None:
     shared = Path(os.environ.get("CAPTIONING_SHARED", ROOT.parent / "shared"))
     jobs = benchmark_jobs(read_captions(shared))
     if not jobs:
-        raise SystemExit(
-            f"There are no captions in {shared}: set CAPTIONING_SHARED to a folder that has them."
-        )
+        raise SystemExit(f"There are no captions in {shared}: set CAPTIONING_SHARED to a folder that has them.")
     reason = why_no_oracle(args.oracle_python)
     if reason:
         print(f"**The official evaluation is absent ({reason}): no comparison, only our own times.**\n")
@@ -155,9 +153,7 @@ def compare(mine: dict, official: dict | None) -> list[str]:
     """Token mismatches, and the largest relative difference of every score and of all scores per image."""
     if official is None:
         return ["-"] * (2 + len(COCO_KEYS))
-    tokens = [caption for captions in official["references"] for caption in captions] + official[
-        "predictions"
-    ]
+    tokens = [caption for captions in official["references"] for caption in captions] + official["predictions"]
     mismatches = sum(a != b for a, b in zip(mine["references"] + mine["predictions"], tokens, strict=True))
     pairs = list(zip(mine["per_image"], official["per_image"], strict=True))
     return [

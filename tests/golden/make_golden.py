@@ -214,9 +214,7 @@ def main(argv=None) -> None:
     jobs = [{"predictions": [], "references": [[c] for c in captions]} for captions in datasets.values()]
     jobs += [{"predictions": [], "references": [[caption] for caption in CAPTIONS]}]
     jobs += [{"predictions": [], "references": [[caption]]} for caption in ALONE]
-    jobs += [
-        {"predictions": predictions, "references": references} for predictions, references in SETS.values()
-    ]
+    jobs += [{"predictions": predictions, "references": references} for predictions, references in SETS.values()]
     results = iter(oracle.run(jobs, args.oracle_python))
 
     hashes = {}

@@ -41,9 +41,7 @@ def evaluate(predictions: list[str], references: list[list[str]]) -> dict:
         columns = [*bleus, rouges, ciders]
         result["predictions"] = [hypotheses[i][0] for i in range(len(predictions))]
         result["scores"] = dict(zip(names, map(float, [*bleu, rouge, cider]), strict=True))
-        result["per_image"] = [
-            dict(zip(names, map(float, row), strict=True)) for row in zip(*columns, strict=True)
-        ]
+        result["per_image"] = [dict(zip(names, map(float, row), strict=True)) for row in zip(*columns, strict=True)]
     return {**result, "seconds": time.perf_counter() - begin}
 
 

@@ -1,0 +1,249 @@
+"""Stage 3: captions on stdout, failures on stderr, exit codes, and scoring."""
+
+import json
+import subprocess
+import sys
+import zlib
+
+import pytest
+from conftest import ROOT, script
+from datasets import load_from_disk
+from httpserver import Server, body, status
+from PIL import Image
+
+import inference
+from captioning import InputError
+from captioning.metrics import coco_scores
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """One picture of every kind that people have lying around."""
+    folder = tmp_path_factory.mktemp("pictures")
+    base = Image.effect_mandelbrot((90, 70), (-2, -1.5, 1, 1.5), 30)
+    rgb = Image.merge("RGB", (base, base.rotate(90).resize(base.size), base.transpose(0)))
+    rgb.save(folder / "rgb.jpg")
+    rgb.convert("L").save(folder / "grey.jpg")
+    rgb.convert("RGBA").save(folder / "rgba.png")
+    rgb.convert("P").save(folder / "palette.png")
+    rgb.convert("CMYK").save(folder / "cmyk.jpg")
+    rgb.save(folder / "frames.gif", save_all=True, append_images=[rgb.rotate(90)], duration=50)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    rgb.save(folder / "turned.jpg", exif=exif)
+    return folder
+
+
+@pytest.fixture
+def run(trained, capsys):
+    """Call the script's main in this process; returns (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        code = inference.main([f"--model_path={trained}", "--device=cpu", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
+def test_one_image_prints_its_caption_alone(trained, pictures):
+    done = script("inference.py", f"--model_path={trained}", "--image_path", pictures / "rgb.jpg")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert len(done.stdout.splitlines()) == 1 and done.stdout.strip() and "\t" not in done.stdout
+
+
+def test_several_images_of_any_mode_print_path_and_caption(run, pictures):
+    code, out, _ = run("--image_path", pictures, "--batch_size", 3)
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert code == 0
+    assert [path for path, _ in rows] == sorted(str(path) for path in pictures.iterdir())
+    assert all(caption for _, caption in rows)
+
+
+def test_a_turned_image_is_captioned_upright_and_a_gif_by_its_first_frame(pictures):
+    from captioning import images
+
+    with Image.open(pictures / "turned.jpg") as turned:
+        assert images.open_image(pictures / "turned.jpg").size == turned.size[::-1]
+    assert images.open_image(pictures / "frames.gif").mode == "RGB"
+
+
+def test_captions_do_not_depend_on_the_batch(run, pictures):
+    outputs = {run("--image_path", pictures, "--batch_size", size)[1] for size in (1, 3, 16)}
+    assert len(outputs) == 1
+
+
+def test_globs_files_and_repeats(run, pictures):
+    code, out, _ = run("--image_path", f"{pictures}/*.png", pictures / "rgb.jpg", pictures / "rgb.jpg")
+    assert code == 0
+    names = [line.split("\t")[0].rsplit("/", 1)[1] for line in out.splitlines()]
+    assert names == ["palette.png", "rgba.png", "rgb.jpg"]
+
+
+def test_output_writes_json(run, pictures, tmp_path):
+    code, out, _ = run("--image_path", pictures, "--output", tmp_path / "captions.json")
+    assert (code, out) == (0, "")
+    entries = json.loads((tmp_path / "captions.json").read_text())
+    assert len(entries) == 7 and all(set(entry) == {"path", "caption"} for entry in entries)
+    assert [path.name for path in tmp_path.iterdir()] == ["captions.json"]
+
+
+def test_in_a_batch_the_good_ones_are_captioned_and_the_bad_ones_listed(run, pictures, tmp_path):
+    (tmp_path / "text.jpg").write_text("<html>not found</html>")
+    cut = tmp_path / "cut.jpg"
+    cut.write_bytes((pictures / "rgb.jpg").read_bytes()[:300])
+    code, out, err = run("--image_path", pictures / "rgb.jpg", tmp_path / "text.jpg", cut, tmp_path / "none.jpg")
+    assert code == 1
+    assert len(out.splitlines()) == 1
+    assert "3 of 4 images could not be captioned" in err
+    for name in ("text.jpg", "cut.jpg", "none.jpg"):
+        assert sum(name in line for line in err.splitlines()) == 1
+
+
+def bomb(path):
+    """A PNG of a few kilobytes that claims and delivers 900 million pixels."""
+
+    def chunk(kind, data):
+        return len(data).to_bytes(4) + kind + data + zlib.crc32(kind + data).to_bytes(4)
+
+    header = (30_000).to_bytes(4) * 2 + bytes([8, 0, 0, 0, 0])
+    packed = zlib.compress(bytes(1_000_000))
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", packed) + chunk(b"IEND", b""))
+    return path
+
+
+def test_each_kind_of_bad_input_is_one_sentence_and_exit_code_2(trained, pictures, tmp_path):
+    (tmp_path / "text.jpg").write_text("hello")
+    (tmp_path / "empty").mkdir()
+    for source, expected in (
+        (tmp_path / "none.jpg", "no such file"),
+        (tmp_path / "text.jpg", "text.jpg"),
+        (bomb(tmp_path / "bomb.png"), "too many pixels"),
+        ("ftp://example.com/x.jpg", "only http and https"),
+        ("file:///etc/passwd", "only http and https"),
+        (tmp_path / "empty", "holds no images"),
+        (tmp_path / "*.webp", "nothing matches"),
+    ):
+        with pytest.raises(InputError) as refused:
+            inference.main([f"--model_path={trained}", "--image_path", str(source)])
+        message = str(refused.value)
+        assert expected in message and "\n" not in message, message
+    done = script("inference.py", f"--model_path={trained}", "--image_path", tmp_path / "none.jpg")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert len(done.stderr.splitlines()) == 1 and "Traceback" not in done.stderr
+
+
+def test_urls(run, pictures):
+    photo = body((pictures / "rgb.jpg").read_bytes())
+    with Server({"/photo.jpg": photo, "/gone.jpg": status(404)}) as server:
+        code, out, _ = run("--image_path", server.url("/photo.jpg"))
+        assert code == 0
+        local = run("--image_path", pictures / "rgb.jpg")[1]
+        assert out == local
+        with pytest.raises(InputError, match="404"):
+            run("--image_path", server.url("/gone.jpg"))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "give --image_path to caption images, or --data_path"),
+        (["--image_path", "x.jpg", "--num_beams", "0"], "--num_beams 0 is below 1"),
+        (["--image_path", "x.jpg", "--batch_size", "-4"], "--batch_size -4 is below 1"),
+        (["--predictions", "x.json"], "--predictions needs --data_path"),
+        (["--image_path", "x.jpg", "--output", "/no/such/folder/x.json"], "there is no folder"),
+        (["--data_path", "x", "--split", "dev"], "invalid choice: 'dev'"),
+    ],
+)
+def test_bad_arguments(arguments, message, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        inference.main(arguments)
+    assert stopped.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--model_path=/no/such/run"], "--model_path '/no/such/run' does not exist"),
+        (["--device=tpu9"], "--device 'tpu9' cannot be used"),
+        (["--max_new_tokens=4000"], "--max_new_tokens 4000 is too long"),
+    ],
+)
+def test_what_cannot_work_is_said(trained, pictures, arguments, message):
+    with pytest.raises(InputError, match=message):
+        inference.main([f"--model_path={trained}", "--image_path", str(pictures / "rgb.jpg"), *arguments])
+
+
+def test_help_does_not_wait_for_heavy_imports():
+    # Not a timing: what makes it fast is that torch and transformers are not loaded before the arguments are parsed.
+    code = (
+        "import sys\n"
+        "import dataloader, inference, train\n"
+        "for script in (dataloader, inference):\n"
+        "    try: script.parse_arguments(['--help'])\n"
+        "    except SystemExit: pass\n"
+        "try: train.parse_arguments(['--learning_rte=3'])\n"
+        "except SystemExit: pass\n"
+        "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules), file=sys.stderr)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.splitlines()[-1] == "set()", done.stderr
+
+
+def test_a_run_folder_is_scored_on_a_split(trained, prepared, tmp_path, capsys):
+    before = json.loads((trained / "results.json").read_text())["test"]
+    output = tmp_path / "predictions.json"
+    code = inference.main([f"--model_path={trained}", f"--data_path={prepared}", f"--output={output}", "--device=cpu"])
+    captured = capsys.readouterr()
+    assert code == 0
+    table = dict(line.split() for line in captured.out.splitlines())
+    # The same scores as after training, to the digits shown: the two scripts prepare and generate identically.
+    for name, value in table.items():
+        assert float(value) == pytest.approx(before[name], abs=6e-5), name
+    assert "official COCO" in captured.err and "test split, 120 images" in captured.err
+    predictions = json.loads(output.read_text())
+    assert predictions == json.loads((trained / "predictions_test.json").read_text())
+    per_image = json.loads((tmp_path / "scores_per_image_test.json").read_text())
+    assert len(per_image) == 120
+    assert per_image[0]["cider_d"] <= per_image[-1]["cider_d"]
+
+
+def test_anybodys_captions_are_scored(prepared, tmp_path, capsys):
+    rows = load_from_disk(str(prepared))["validation"]
+    predictions = {row["image_id"]: row["captions"][0] for row in rows.select_columns(["image_id", "captions"])}
+    file = tmp_path / "theirs.json"
+    file.write_text(json.dumps([{"image_id": i, "caption": c} for i, c in predictions.items()]))
+    assert inference.main([f"--predictions={file}", f"--data_path={prepared}", "--split=validation"]) == 0
+    table = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    expected = coco_scores(predictions, dict(zip(rows["image_id"], rows["captions"], strict=True)))
+    assert {name: float(value) for name, value in table.items()} == pytest.approx(expected, abs=6e-5)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("no json", "not in COCO's results format"),
+        ('{"1": "a"}', "not in COCO's results format"),
+        ('[{"image_id": 1}]', "not in COCO's results format"),
+        ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', "captions an image twice"),
+        ('[{"image_id": -5, "caption": "a"}]', "have no prediction"),
+    ],
+)
+def test_results_files_that_cannot_be_scored(prepared, tmp_path, content, message):
+    file = tmp_path / "theirs.json"
+    file.write_text(content)
+    with pytest.raises(InputError, match=message):
+        inference.main([f"--predictions={file}", f"--data_path={prepared}"])
+
+
+def test_the_model_cards_snippet_runs(trained, prepared, tmp_path):
+    """The usage example of the run folder's README.md, in the folder, with a photo of that name."""
+    text = (trained / "README.md").read_text()
+    snippet = text.split("```python\n")[1].split("```")[0]
+    photo = next((prepared / "sample" / "test2014").glob("*.jpg"))
+    code = snippet.replace('"."', repr(str(trained))).replace('"photo.jpg"', repr(str(photo)))
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    ours = script("inference.py", f"--model_path={trained}", "--image_path", photo, "--device=cpu")
+    assert done.stdout.strip() == ours.stdout.strip() != ""
