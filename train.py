@@ -29,9 +29,9 @@ from captioning.metrics import PROTOCOL
 
 # Our defaults where they differ from those of Seq2SeqTrainingArguments.
 DEFAULTS: dict[str, Any] = {
-    "per_device_train_batch_size": 32,
+    "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
-    "learning_rate": 5e-4,
+    "learning_rate": 1e-3,
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.01,
@@ -71,6 +71,11 @@ def build_parser() -> argparse.ArgumentParser:
     parts.add_argument("--encoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)")
     parts.add_argument("--decoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)")
     parts.add_argument("--freeze_encoder", action="store_true", help="train the decoder and its cross-attention only")
+    parts.add_argument(
+        "--cache_features",
+        action="store_true",
+        help="with --freeze_encoder: compute the encoder's output once, keep it in DATA_PATH/.features",
+    )
     rates = parser.add_argument_group("learning rates (--learning_rate is for parts that start from random weights)")
     for part, default in (("encoder", "2e-5"), ("decoder", "1e-4"), ("cross_attention", "1e-4")):
         help_text = f"of the {part.replace('_', '-')} when it is pretrained (default: {default})"
@@ -150,6 +155,8 @@ def parse_arguments(argv: list[str] | None):
     args, rest = parser.parse_known_args(argv)
     if not args.help_all:
         check_rest(parser, rest)
+        if args.cache_features and not args.freeze_encoder:
+            parser.error("--cache_features needs --freeze_encoder: features of a moving encoder cannot be kept")
         if args.epochs <= 0:
             parser.error(f"--epochs {args.epochs:g} is not above 0")
         if not (args.data_path / "dataset.json").is_file():
@@ -282,6 +289,7 @@ def main(argv: list[str] | None = None) -> int:
     from transformers import set_seed
 
     from captioning import batch, model, report
+    from captioning.features import cached_features
     from captioning.trainer import CaptionTrainer
 
     say = cli.note if training.process_index == 0 else lambda _: None
@@ -318,6 +326,15 @@ def main(argv: list[str] | None = None) -> int:
     say(f"model: {args.encoder} -> {args.decoder}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
     used = {part: rate for part, rate in rates.items() if not (part == "encoder" and args.freeze_encoder)}
     say("learning rates: " + ", ".join(f"{part} {rate:g}" for part, rate in used.items()))
+
+    if args.cache_features:
+        net.to(training.device)
+        for split, dataset in datasets.items():
+            with training.main_process_first(desc="features"):
+                folder = args.data_path / ".features"
+                dataset.features = cached_features(
+                    bundle, dataset, folder, split, training.per_device_eval_batch_size, say
+                )
 
     # Training
     precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"

@@ -8,7 +8,7 @@ cross-attention's keys and values run once per image instead of once per caption
 from __future__ import annotations
 
 import io
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -65,7 +65,8 @@ class Pixels:
 class Collator:
     """Rows of `processed_data` -> one batch of tensors.
 
-    Rows are `{"image_id": int, "pixels": uint8 (3, height, width), "labels": list of captions' token ids}`.
+    Rows are `{"image_id": int, "pixels": uint8 (3, height, width), "labels": list of captions' token ids}`, or have
+    "features" (tokens, hidden size) in the place of "pixels".
 
     Args:
         start_token_id: what the decoder is given before the first token.
@@ -82,12 +83,14 @@ class Collator:
         """
         Returns:
             image_id: (batch,)
-            pixel_values: uint8 (batch, 3, height, width), or (captions, ...) when not packed
+            pixel_values: uint8 (batch, 3, height, width), or (captions, ...) when not packed; or in its place
+            features: (batch, tokens, hidden size), likewise
             image_of_row: (decoder rows,), each decoder row's index in `image_id`
             decoder_input_ids, labels: (decoder rows, length); `labels` is -100 where there is no token
             decoder_position_ids, segment_ids: (decoder rows, length), packed only; padding is segment -1
         """
-        pixels = torch.from_numpy(np.stack([row["pixels"] for row in rows]))
+        kind = "features" if "features" in rows[0] else "pixels"
+        images = torch.from_numpy(np.stack([row[kind] for row in rows]))
         image_of_caption = [index for index, row in enumerate(rows) for _ in row["labels"]]
         if self.packed:
             groups = [row["labels"] for row in rows]
@@ -95,7 +98,7 @@ class Collator:
         else:
             groups = [[caption] for row in rows for caption in row["labels"]]
             image_of_row = torch.tensor(image_of_caption)
-            pixels = pixels[image_of_row]
+            images = images[image_of_row]
 
         shape = (len(groups), max(sum(map(len, group)) for group in groups))
         inputs = np.full(shape, self.pad_token_id)
@@ -113,7 +116,7 @@ class Collator:
         batch = {
             "image_id": torch.tensor([row["image_id"] for row in rows]),
             "image_of_row": image_of_row,
-            "pixel_values": pixels,
+            "features" if kind == "features" else "pixel_values": images,
             "decoder_input_ids": torch.from_numpy(inputs),
             "labels": torch.from_numpy(labels),
         }
@@ -144,20 +147,37 @@ class CaptionDataset(torch.utils.data.Dataset):
     Args:
         rows: a split of `processed_data`.
         pixels: turns an RGB image into uint8 (3, height, width).
+
+    Attributes:
+        features: a frozen encoder's output, (images, tokens, hidden size), to be given instead of pixels.
     """
 
     def __init__(self, rows, pixels: Pixels):
         from datasets import Image as ImageFeature
 
-        self.rows = rows.select_columns(["image_id", "image", "labels"]).cast_column(
-            "image", ImageFeature(decode=False)
-        )
+        columns = rows.select_columns(["image_id", "image", "labels"])
+        self.rows = columns.cast_column("image", ImageFeature(decode=False))
+        self.targets = self.rows.remove_columns("image")
         self.pixels = pixels
+        self.features: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
+        if self.features is not None:
+            return {**self.targets[index], "features": self.features[index]}
         row = self.rows[index]
-        image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-        return {"image_id": row["image_id"], "pixels": self.pixels(image), "labels": row["labels"]}
+        return {"image_id": row["image_id"], "pixels": self._decode(row["image"]), "labels": row["labels"]}
+
+    def image(self, index: int) -> np.ndarray:
+        """uint8 (3, height, width)"""
+        return self._decode(self.rows[index]["image"])
+
+    def encoded_images(self) -> Iterator[bytes]:
+        """Every image's bytes as they are stored."""
+        for image in self.rows["image"]:
+            yield image["bytes"]
+
+    def _decode(self, image: dict[str, Any]) -> np.ndarray:
+        return self.pixels(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))

@@ -33,7 +33,7 @@ RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "be
 # Shared by nobody but the test split: one colour of each shape.
 HELD_OUT = {(colour, shape) for i, colour in enumerate(COLOURS) for j, shape in enumerate(SHAPES) if i == j + 1}
 SEEN = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT]
-SPLITS = {"train": 600, "val": 80, "test": 120}
+SPLITS = {"train": 900, "val": 80, "test": 120}
 GRAYSCALE = {"train": 9, "val": 3}  # files of mode L, so that the RGB filter has work
 UNLABELLED = 8  # images in test2014, without captions as in COCO itself
 
@@ -93,7 +93,7 @@ def draw_scene(rng: random.Random, unseen: bool = False) -> Scene:
 
 def _draw_one(rng: random.Random, background: str, colour: str, shape: str) -> Scene:
     size = rng.choice(("small", "large"))
-    radius = rng.uniform(12, 16) if size == "small" else rng.uniform(34, 42)
+    radius = rng.uniform(18, 22) if size == "small" else rng.uniform(36, 44)
     centre = (rng.uniform(radius + 4, SIDE - radius - 4), rng.uniform(radius + 4, SIDE - radius - 4))
     captions = [
         f"A {size} {colour} {shape} on a {background} background.",
@@ -108,7 +108,7 @@ def _draw_one(rng: random.Random, background: str, colour: str, shape: str) -> S
 def _draw_several(rng: random.Random, background: str, colour: str, shape: str) -> Scene:
     count = rng.choice(sorted(NUMBERS))
     corners = rng.sample([(34, 34), (94, 34), (34, 94), (94, 94)], count)
-    items = [(colour, shape, (x + rng.uniform(-9, 9), y + rng.uniform(-9, 9)), rng.uniform(15, 20)) for x, y in corners]
+    items = [(colour, shape, (x + rng.uniform(-6, 6), y + rng.uniform(-6, 6)), rng.uniform(20, 25)) for x, y in corners]
     number = NUMBERS[count]
     captions = [
         f"{number.capitalize()} {colour} {shape}s on a {background} background.",
@@ -122,14 +122,14 @@ def _draw_several(rng: random.Random, background: str, colour: str, shape: str) 
 
 def _draw_two(rng: random.Random, background: str, first: tuple[str, str], second: tuple[str, str]) -> Scene:
     relation = rng.choice(sorted(RELATIONS))
-    near, far, across = rng.uniform(28, 38), rng.uniform(90, 100), rng.uniform(50, 78)
+    near, far, across = rng.uniform(28, 36), rng.uniform(92, 100), rng.uniform(50, 78)
     along = (near, far) if relation in ("left of", "above") else (far, near)
     drift = rng.uniform(-6, 6)
     if relation in ("left of", "right of"):
         centres = [(along[0], across), (along[1], across + drift)]
     else:
         centres = [(across, along[0]), (across + drift, along[1])]
-    items = [(*thing, centre, rng.uniform(16, 22)) for thing, centre in zip((first, second), centres, strict=True)]
+    items = [(*thing, centre, rng.uniform(21, 26)) for thing, centre in zip((first, second), centres, strict=True)]
     a, b = (f"{colour} {shape}" for colour, shape in (first, second))
     inverse = RELATIONS[relation]
     captions = [

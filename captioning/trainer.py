@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional
 from tqdm import tqdm
 from transformers import Seq2SeqTrainer, VisionEncoderDecoderModel
+from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioning import InputError
@@ -97,7 +98,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         inputs = super()._prepare_inputs(inputs)
         inputs.pop("image_id", None)
         inputs.pop("image_of_row", None)
-        inputs["pixel_values"] = self.pixels.normalise(inputs["pixel_values"])
+        if "features" in inputs:
+            inputs["encoder_outputs"] = (inputs.pop("features").float(),)
+        else:
+            inputs["pixel_values"] = self.pixels.normalise(inputs["pixel_values"])
         if "segment_ids" in inputs:
             mask = packed_attention_mask(inputs.pop("segment_ids"))
             if self.bundle.model.decoder.config._attn_implementation == "eager":
@@ -106,6 +110,12 @@ class CaptionTrainer(Seq2SeqTrainer):
             inputs["decoder_attention_mask"] = mask
         inputs["use_cache"] = False
         return inputs
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if not any(parameter.requires_grad for parameter in self.bundle.model.encoder.parameters()):
+            # A frozen encoder gives the same features every time: those that a cache would hold.
+            self.bundle.model.encoder.eval()
+        return super().compute_loss(model, inputs, *args, **kwargs)
 
     # ---- learning rates
 
@@ -168,11 +178,12 @@ class CaptionTrainer(Seq2SeqTrainer):
         counted = zeros.index_add(0, image_of_row, (labels != IGNORED).sum(1).to(zeros.dtype))
 
         first_row_of_image = torch.searchsorted(image_of_row, torch.arange(len(image_id), device=image_of_row.device))
+        if "encoder_outputs" in inputs:
+            images = {"encoder_outputs": BaseModelOutput(inputs["encoder_outputs"][0][first_row_of_image])}
+        else:
+            images = {"pixel_values": inputs["pixel_values"][first_row_of_image]}
         with torch.inference_mode():
-            tokens = self.model.generate(
-                pixel_values=inputs["pixel_values"][first_row_of_image],
-                **{**self._generation_settings(), **generation},
-            )
+            tokens = self.model.generate(**images, **{**self._generation_settings(), **generation})
         return None, (tokens.clone(), summed, counted), image_id
 
     def _generation_settings(self) -> dict[str, Any]:
