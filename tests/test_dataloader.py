@@ -226,10 +226,10 @@ def test_no_usable_image_is_an_error(tmp_path):
 
 def test_the_sample_as_a_user_prepares_it(prepared):
     splits = load_from_disk(str(prepared))
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 600, "validation": 80, "test": 120}
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 900, "validation": 80, "test": 120}
     assert all(len(captions) == len(set(captions)) == 5 for captions in splits["train"]["captions"])
     summary = (prepared.parent / "stdout.txt").read_text()
-    for expected in ("600 images", "3,000 captions", "12 mode L", "kB per image", "example: COCO_train2014_"):
+    for expected in ("900 images", "4,500 captions", "12 mode L", "kB per image", "example: COCO_train2014_"):
         assert expected in summary
     assert len(list((prepared / "sample" / "test2014").glob("*.jpg"))) == 8
 

@@ -218,7 +218,7 @@ def arguments(prepared, folder, *more):
     return [
         f"--data_path={prepared}",
         f"--output_dir={folder}",
-        "--per_device_train_batch_size=100",
+        "--per_device_train_batch_size=150",
         "--use_cpu",
         "--dataloader_num_workers=0",
         "--dataloader_persistent_workers=False",
@@ -376,7 +376,7 @@ def test_two_processes_train_as_one_does(prepared, tmp_path):
         [
             *launch,
             str(ROOT / "train.py"),
-            *arguments(prepared, folder, "--epochs=1", "--learning_rate=1e-3", "--per_device_train_batch_size=50"),
+            *arguments(prepared, folder, "--epochs=1", "--learning_rate=1e-3", "--per_device_train_batch_size=75"),
         ],
         capture_output=True,
         text=True,
@@ -386,7 +386,7 @@ def test_two_processes_train_as_one_does(prepared, tmp_path):
     results = json.loads((folder / "results.json").read_text())
     assert results["step"] == 6
     assert len(json.loads((folder / "predictions_test.json").read_text())) == 120
-    assert "2 process(es)" in done.stderr and "100 images per update" in done.stderr
+    assert "2 process(es)" in done.stderr and "150 images per update" in done.stderr
     assert done.stdout.count("cider_d") == 1, "one process speaks for all"
 
 

@@ -1,0 +1,133 @@
+"""Cached features equal live ones, are never stale, and survive an interruption."""
+
+import numpy as np
+import pytest
+import torch
+from datasets import load_from_disk
+from safetensors.torch import load_file
+
+import train
+from captioning import InputError, batch, features, model
+
+
+@pytest.fixture
+def bundle_and_data(prepared):
+    tokenizer = model.load_tokenizer(prepared)
+    torch.manual_seed(0)
+    bundle = model.Bundle(model.build("tiny", "tiny", tokenizer), tokenizer, model.load_image_processor(prepared))
+    rows = load_from_disk(str(prepared))["validation"].select(range(21))
+    return bundle, batch.CaptionDataset(rows, batch.Pixels(bundle.image_processor))
+
+
+def compute(bundle, dataset, folder, said=None):
+    return features.cached_features(bundle, dataset, folder, "validation", 4, (said or []).append)
+
+
+def test_cached_features_are_the_live_ones_in_float16(bundle_and_data, tmp_path):
+    bundle, dataset = bundle_and_data
+    said = []
+    cached = compute(bundle, dataset, tmp_path, said)
+    assert cached.dtype == np.float16
+    with torch.inference_mode():
+        for index in (0, 7, 20):
+            pixels = dataset.pixels.normalise(torch.from_numpy(dataset.image(index))[None])
+            live = bundle.model.encoder.eval()(pixel_values=pixels).last_hidden_state[0]
+            # One batch size computes sums in another order than the next: half a float16 step at most.
+            np.testing.assert_allclose(cached[index].astype(np.float32), live.numpy(), atol=4e-3)
+    assert "MB" in said[0], "the size is said before it is written"
+    # The second time they are read.
+    again = compute(bundle, dataset, tmp_path, said)
+    assert np.array_equal(cached, again) and said[-1].startswith("features: validation from ")
+
+
+def test_loss_with_cached_features_equals_the_live_loss(bundle_and_data, tmp_path):
+    bundle, dataset = bundle_and_data
+    collate = batch.Collator(bundle.model.config.decoder_start_token_id, 0)
+    losses = []
+    for cached in (None, compute(bundle, dataset, tmp_path)):
+        dataset.features = cached
+        inputs = collate([dataset[index] for index in range(6)])
+        mask = batch.packed_attention_mask(inputs["segment_ids"])
+        if cached is None:
+            images = {"pixel_values": dataset.pixels.normalise(inputs["pixel_values"])}
+        else:
+            images = {"encoder_outputs": (inputs["features"].float(),)}
+        logits = bundle.model.eval()(
+            **images,
+            decoder_input_ids=inputs["decoder_input_ids"],
+            decoder_attention_mask=mask,
+            decoder_position_ids=inputs["decoder_position_ids"],
+        ).logits
+        losses.append(torch.nn.functional.cross_entropy(logits.flatten(0, 1), inputs["labels"].flatten()).item())
+    assert losses[0] == pytest.approx(losses[1], rel=1e-3)
+
+
+def test_other_weights_images_or_preprocessing_are_other_files(bundle_and_data, tmp_path):
+    bundle, dataset = bundle_and_data
+    names = {features.fingerprint(bundle, dataset)}
+    with torch.no_grad():
+        next(bundle.model.encoder.parameters()).add_(1e-3)
+    names.add(features.fingerprint(bundle, dataset))
+    bundle.image_processor.image_mean = [0.4, 0.5, 0.5]
+    names.add(features.fingerprint(bundle, dataset))
+    dataset.rows = dataset.rows.select(range(20))
+    names.add(features.fingerprint(bundle, dataset))
+    assert len(names) == 4
+
+
+def test_an_interrupted_computation_goes_on_where_it_stopped(bundle_and_data, tmp_path, monkeypatch):
+    bundle, dataset = bundle_and_data
+    undisturbed = np.array(compute(bundle, dataset, tmp_path / "undisturbed"))
+    monkeypatch.setattr(features, "SAVE_EVERY", 1)
+    decode, seen = batch.CaptionDataset.image, []
+
+    def interrupted(self, index):
+        seen.append(index)
+        if index == 13:
+            raise KeyboardInterrupt
+        return decode(self, index)
+
+    monkeypatch.setattr(batch.CaptionDataset, "image", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compute(bundle, dataset, tmp_path / "resumed")
+    assert not list((tmp_path / "resumed").glob("*.npy"))
+    seen.clear()
+    monkeypatch.setattr(batch.CaptionDataset, "image", lambda self, index: seen.append(index) or decode(self, index))
+    resumed = compute(bundle, dataset, tmp_path / "resumed")
+    assert np.array_equal(resumed, undisturbed)
+    assert seen == [0, *range(12, 21)], "the first image tells the shape; the others go on after three whole batches"
+    assert [path.suffix for path in (tmp_path / "resumed").iterdir()] == [".npy"]
+
+
+def test_no_room_is_said_before_anything_is_computed(bundle_and_data, tmp_path, monkeypatch):
+    bundle, dataset = bundle_and_data
+    monkeypatch.setattr(features.shutil, "disk_usage", lambda _: type("Usage", (), {"free": 1000}))
+    with pytest.raises(InputError, match="--cache_features needs"):
+        compute(bundle, dataset, tmp_path)
+
+
+def test_training_on_cached_features_gives_the_live_runs_weights(prepared, tmp_path):
+    common = [
+        f"--data_path={prepared}",
+        "--freeze_encoder",
+        "--epochs=1",
+        "--per_device_train_batch_size=150",
+        "--use_cpu",
+        "--dataloader_num_workers=0",
+        "--dataloader_persistent_workers=False",
+    ]
+    for name, more in (("live", []), ("cached", ["--cache_features"])):
+        train.main([*common, f"--output_dir={tmp_path / name}", *more])
+    live, cached = (load_file(tmp_path / name / "model.safetensors") for name in ("live", "cached"))
+    for name in live:
+        if name.startswith("encoder."):
+            assert torch.equal(live[name], cached[name])
+        else:
+            # Adam turns a rounding of the features into up to a full step where a gradient is near zero.
+            assert (live[name] - cached[name]).abs().mean() < 1e-4, name
+
+
+def test_caching_a_moving_encoder_is_refused(prepared, tmp_path, capsys):
+    with pytest.raises(SystemExit):
+        train.parse_arguments([f"--data_path={prepared}", f"--output_dir={tmp_path}", "--cache_features"])
+    assert "--cache_features needs --freeze_encoder" in capsys.readouterr().err
