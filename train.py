@@ -32,6 +32,7 @@ DEFAULTS: dict[str, Any] = {
     "per_device_train_batch_size": 16,
     "per_device_eval_batch_size": 32,
     "learning_rate": 1e-3,
+    "train_sampling_strategy": "group_by_length",
     "lr_scheduler_type": "cosine",
     "warmup_steps": 0.05,
     "weight_decay": 0.01,
@@ -344,6 +345,9 @@ def main(argv: list[str] | None = None) -> int:
         f"{images} images per update, {training.dataloader_num_workers} data worker(s) each; "
         f"captions {'packed per image' if args.packing else 'one per row'}"
     )
+    if args.packing and training.train_sampling_strategy == "group_by_length":
+        sampler = batch.LengthSampler(datasets["train"].lengths(), training.train_batch_size, training.seed)
+        say(f"padding: {sampler.padding():.1%} of the decoder's positions")
     start = net.config.decoder_start_token_id
     trainer = CaptionTrainer(
         bundle,

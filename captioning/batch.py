@@ -181,3 +181,57 @@ class CaptionDataset(torch.utils.data.Dataset):
 
     def _decode(self, image: dict[str, Any]) -> np.ndarray:
         return self.pixels(Image.open(io.BytesIO(image["bytes"])).convert("RGB"))
+
+    def lengths(self) -> list[int]:
+        """Tokens of all captions of each image."""
+        return [sum(map(len, captions)) for captions in self.targets["labels"]]
+
+
+class LengthSampler(torch.utils.data.Sampler):
+    """Batches of images with about as many tokens each, in random order: little padding, no bias in the order.
+
+    Images are shuffled, sorted by length within windows of 50 batches, cut into batches, and the batches shuffled.
+    An epoch's order depends on the seed and the epoch alone, so that a resumed run sees the same one.
+
+    Args:
+        lengths: tokens of each image.
+        batch_size: images that are processed side by side, over all processes.
+    """
+
+    WINDOW = 50  # batches
+
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int):
+        self.lengths = np.asarray(lengths)
+        self.batch_size = batch_size
+        self.seed = seed
+        self.epoch = 0
+
+    def set_epoch(self, epoch: int) -> None:
+        self.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __iter__(self) -> Iterator[int]:
+        rng = np.random.default_rng((self.seed, self.epoch))
+        order = rng.permutation(len(self.lengths))
+        window = self.WINDOW * self.batch_size
+        batches = []
+        for start in range(0, len(order), window):
+            part = order[start : start + window]
+            part = part[np.argsort(self.lengths[part], kind="stable")]
+            batches += [part[i : i + self.batch_size] for i in range(0, len(part), self.batch_size)]
+        # A batch that is not full has to stay the last, or every later batch would begin in the middle of another.
+        full = [batch for batch in batches if len(batch) == self.batch_size]
+        rest = [batch for batch in batches if len(batch) < self.batch_size]
+        for index in rng.permutation(len(full)):
+            yield from full[index].tolist()
+        for batch in rest:
+            yield from batch.tolist()
+
+    def padding(self) -> float:
+        """Share of the first epoch's decoder positions that hold no token, in packed batches."""
+        self.set_epoch(0)
+        order = self.lengths[list(self)]
+        batches = [order[start : start + self.batch_size] for start in range(0, len(order), self.batch_size)]
+        return 1 - order.sum() / sum(batch.max() * len(batch) for batch in batches)

@@ -16,7 +16,7 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioning import InputError
-from captioning.batch import IGNORED, Pixels, packed_attention_mask
+from captioning.batch import IGNORED, LengthSampler, Pixels, packed_attention_mask
 from captioning.metrics import coco_scores
 from captioning.model import Bundle, decode, is_cross_attention
 
@@ -116,6 +116,13 @@ class CaptionTrainer(Seq2SeqTrainer):
             # A frozen encoder gives the same features every time: those that a cache would hold.
             self.bundle.model.encoder.eval()
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _get_train_sampler(self, train_dataset=None):
+        if self.args.train_sampling_strategy != "group_by_length":
+            return super()._get_train_sampler(train_dataset)
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        together = self.args.train_batch_size * self.args.world_size
+        return LengthSampler(dataset.lengths(), together, self.args.data_seed or self.args.seed)
 
     # ---- learning rates
 

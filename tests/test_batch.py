@@ -102,3 +102,20 @@ def test_rows_of_a_prepared_folder(prepared):
     assert row["labels"] == split[3]["labels"]
     expected = processor(split[3]["image"], do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]
     assert (row["pixels"] == expected).all()
+
+
+def test_length_sampler_gives_every_image_once_with_little_padding_and_repeatably():
+    rng = np.random.default_rng(0)
+    # As in COCO: five captions of 8 to 16 tokens; some images have one.
+    lengths = [int(rng.integers(8, 17, rng.choice([1, 5], p=[0.3, 0.7])).sum()) for _ in range(1003)]
+    sampler = batch.LengthSampler(lengths, 16, seed=1)
+    orders = []
+    for epoch in (0, 1, 0):
+        sampler.set_epoch(epoch)
+        orders.append(list(sampler))
+        assert sorted(orders[-1]) == list(range(1003))
+    assert orders[0] == orders[2] != orders[1]
+    assert sampler.padding() < 0.1
+    # Batches do not come in the order of their length.
+    firsts = [lengths[i] for i in orders[0][::16]]
+    assert firsts != sorted(firsts) and abs(np.corrcoef(firsts, range(len(firsts)))[0, 1]) < 0.5
