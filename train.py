@@ -43,7 +43,6 @@ DEFAULTS: dict[str, Any] = {
     "save_total_limit": 2,
     "load_best_model_at_end": True,
     "metric_for_best_model": "cider_d",
-    "greater_is_better": True,
     "predict_with_generate": True,
     "remove_unused_columns": False,
     "report_to": "none",
@@ -200,6 +199,9 @@ def parse_arguments(argv: list[str] | None):
             raise InputError(
                 f"--{flag} {not must} cannot work here: captions are generated from whole rows; leave it out"
             )
+    for tracker in training.report_to:
+        if tracker in ("tensorboard", "wandb", "mlflow") and importlib.util.find_spec(tracker) is None:
+            raise InputError(f"--report_to {tracker} needs that package: pip install {tracker}")
     return args, training
 
 
@@ -321,6 +323,11 @@ def main(argv: list[str] | None = None) -> int:
     new = model.new_parameters(net, args.encoder, args.decoder)
     if args.freeze_encoder:
         net.encoder.requires_grad_(False)
+    # What the captions are scored with is what the model is saved with.
+    if training.generation_num_beams:
+        net.generation_config.num_beams = training.generation_num_beams
+    if training.generation_max_length:
+        net.generation_config.max_new_tokens = training.generation_max_length
     bundle = model.Bundle(net, tokenizer, image_processor)
     rates = learning_rates(args, training, net, new)
     every, trained = model.count_parameters(net)

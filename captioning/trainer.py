@@ -124,6 +124,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         together = self.args.train_batch_size * self.args.world_size
         return LengthSampler(dataset.lengths(), together, self.args.data_seed or self.args.seed)
 
+    def _get_eval_sampler(self, eval_dataset):
+        return torch.utils.data.SequentialSampler(eval_dataset)
+
     # ---- learning rates
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -190,15 +193,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         else:
             images = {"pixel_values": inputs["pixel_values"][first_row_of_image]}
         with torch.inference_mode():
-            tokens = self.model.generate(**images, **{**self._generation_settings(), **generation})
+            tokens = self.model.generate(**images, **{**getattr(self, "_gen_kwargs", {}), **generation})
         return None, (tokens.clone(), summed, counted), image_id
-
-    def _generation_settings(self) -> dict[str, Any]:
-        settings = {
-            "num_beams": self.args.generation_num_beams,
-            "max_length": self.args.generation_max_length,
-        }
-        return {name: value for name, value in settings.items() if value is not None}
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         self._images = len(dataloader.dataset)

@@ -75,6 +75,26 @@ def test_rouge_is_that_of_rouge_score(prediction, references):
         assert ours[ours_name] == pytest.approx(best[name].fmeasure, rel=1e-12)
 
 
+def test_bleu_is_nltks_on_the_same_tokens():
+    """An independent implementation, on captions long enough that the official code's tiny constants do not show."""
+    from nltk.translate.bleu_score import corpus_bleu
+
+    from captioning.ptb import tokenize
+
+    predictions = ["a brown dog runs over the wet grass", "two people sit at a long table with food", "an old red bus"]
+    references = [
+        ["A brown dog is running over grass.", "The dog runs over the wet grass in a park."],
+        ["Two people sit at a table.", "Three people at a long table with food on it.", "People eat."],
+        ["An old red bus on a street.", "A red bus."],
+    ]
+    hypotheses = [line.split() for line in tokenize(predictions)]
+    targets = [[line.split() for line in tokenize(captions)] for captions in references]
+    scores = coco_scores(by_id(predictions), by_id(references), rouge=False)
+    for n in (1, 2, 3):
+        expected = corpus_bleu(targets, hypotheses, weights=[1 / n] * n)
+        assert scores[f"bleu_{n}"] == pytest.approx(expected, rel=1e-6)
+
+
 def test_rouge_can_be_left_out():
     arguments = by_id(TEN["predictions"]), by_id(TEN["references"])
     scores = coco_scores(*arguments)
