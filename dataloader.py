@@ -83,6 +83,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
 
     if args.limit_data < 0:
         parser.error(f"--limit_data {args.limit_data} is negative; give a number of images, or 0 for every image")
+    if args.limit_data in (1, 2):
+        parser.error(f"--limit_data {args.limit_data} is too few: each of three splits needs an image")
     for name in ("val_share", "test_share"):
         if not 0 < getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} is not between 0 and 1")
@@ -365,12 +367,20 @@ def describe(splits, chosen: Chosen, truncated: int, args: argparse.Namespace, s
 def move_into_place(work: Path, target: Path) -> None:
     """Swap a finished folder for the one at `target`, which is ours or empty; hidden files there are kept."""
     old = work.with_name(work.name + ".old")
-    if target.exists():
-        for hidden in target.glob(".*"):
-            if hidden.is_file():
-                shutil.copy2(hidden, work / hidden.name)
-        target.rename(old)
-    work.rename(target)
+    try:
+        if target.exists():
+            for hidden in target.glob(".*"):
+                if hidden.is_file():
+                    shutil.copy2(hidden, work / hidden.name)
+            target.rename(old)
+        work.rename(target)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise InputError(
+            f"the data set is finished in '{work}' but cannot be moved to '{target}' ({error.strerror}); "
+            "move it yourself, or use it where it is"
+        ) from None
     shutil.rmtree(old, ignore_errors=True)
 
 
@@ -443,9 +453,10 @@ def main(argv: list[str] | None = None) -> int:
         summary = summarise(splits, chosen, truncated, args, work)
         del splits
         work.chmod(0o755)
-        move_into_place(work, args.save_path)
-    finally:
+    except BaseException:
         shutil.rmtree(work, ignore_errors=True)
+        raise
+    move_into_place(work, args.save_path)
     print(summary)
     cli.note(f"written to {args.save_path}; next: python train.py --data_path {args.save_path}")
     return 0

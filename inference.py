@@ -62,8 +62,16 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--predictions needs --data_path, which holds the references")
     if bool(args.image_path) == bool(args.data_path):
         parser.error("give --image_path to caption images, or --data_path to score a split")
-    if args.output and args.output.parent and not args.output.parent.is_dir():
+    if args.output and not args.output.parent.is_dir():
         parser.error(f"--output '{args.output}': there is no folder '{args.output.parent}'")
+    if args.output and args.output.is_dir():
+        parser.error(f"--output '{args.output}' is a folder; name a file")
+    if args.predictions and args.output:
+        parser.error("--output has no use with --predictions: the scores are written beside that file")
+    if not args.predictions and "/" not in args.model_path and not Path(args.model_path).is_dir():
+        parser.error(f"--model_path '{args.model_path}' is not a folder; did you run train.py?")
+    if args.data_path and not (args.data_path / "dataset.json").is_file():
+        parser.error(f"--data_path '{args.data_path}' is not a folder of dataloader.py; did you run it?")
     return args
 
 
@@ -71,9 +79,9 @@ def expand(paths: list[str]) -> list[str]:
     """URLs and files as they are, folders and globs as the image files in them, in order and each once."""
     found: dict[str, None] = {}
     for path in paths:
-        if "://" in path or Path(path).is_file():
+        if "://" in path or os.path.isfile(path):
             matches = [path]
-        elif Path(path).is_dir():
+        elif os.path.isdir(path):
             matches = sorted(str(file) for file in Path(path).rglob("*") if _is_image(file))
             if not matches:
                 raise InputError(f"folder '{path}' holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
@@ -107,7 +115,7 @@ def load_model(args: argparse.Namespace):
     for name in ("num_beams", "max_new_tokens"):
         if getattr(args, name):
             setattr(bundle.model.generation_config, name, getattr(args, name))
-    positions = bundle.model.decoder.config.n_positions
+    positions = bundle.model.decoder.config.max_position_embeddings
     longest = bundle.model.generation_config.max_new_tokens or 0
     if longest >= positions:
         raise InputError(f"--max_new_tokens {longest} is too long; the decoder has {positions} positions")
@@ -152,7 +160,7 @@ def captions(bundle, pictures: Iterator[tuple[Any, Any]], batch_size: int, total
 def caption_images(args: argparse.Namespace) -> int:
     """Caption `--image_path`; returns the exit code."""
     paths = expand(args.image_path)
-    if not any("://" in path or Path(path).is_file() for path in paths):
+    if not any("://" in path or os.path.isfile(path) for path in paths):
         # Nothing to caption at all: say so before the model is loaded.
         from captioning import images
 
@@ -190,7 +198,8 @@ def caption_images(args: argparse.Namespace) -> int:
 
     results = []
     for path, caption in captions(bundle, pictures(), args.batch_size, len(paths)):
-        results.append({"path": path, "caption": caption})
+        # A file name need not be UTF-8; JSON has to be.
+        results.append({"path": os.fsencode(path).decode("utf-8", "replace"), "caption": caption})
         if not args.output:
             print(caption if len(paths) == 1 else f"{cli.printable(path)}\t{caption}", flush=True)
     if len(paths) == 1 and failures:
@@ -209,22 +218,16 @@ def caption_images(args: argparse.Namespace) -> int:
 
 def score(args: argparse.Namespace) -> int:
     """Score a run folder, or a results file, on a split of `--data_path`."""
-    from captioning import coco, metrics
+    from captioning import batch, metrics
 
-    if not (args.data_path / "dataset.json").is_file():
-        raise InputError(f"--data_path '{args.data_path}' is not a folder of dataloader.py; did you run it?")
-    description = coco.read_json(args.data_path / "dataset.json")
-    from datasets import load_from_disk
-
-    rows = load_from_disk(str(args.data_path))[args.split]
+    splits, description = batch.load_prepared(args.data_path)
+    rows = splits[args.split]
     references = dict(zip(rows["image_id"], rows["captions"], strict=True))
     if args.predictions:
         predictions = read_predictions(args.predictions, references)
         target = args.predictions.with_name(f"{args.predictions.stem}_scores_per_image.json")
     else:
         bundle = load_model(args)
-        from captioning import batch
-
         dataset = batch.CaptionDataset(rows, batch.Pixels(bundle.image_processor))
         pictures = ((row["image_id"], row["pixels"]) for row in (dataset[i] for i in range(len(dataset))))
         predictions = dict(captions(bundle, pictures, args.batch_size, len(dataset)))

@@ -3,7 +3,7 @@
     python train.py --data_path ./processed_data --epochs 10                    # one GPU, or the CPU
     accelerate launch --multi_gpu train.py --data_path ./processed_data         # every GPU of the machine
     accelerate launch --num_processes 2 --cpu train.py --data_path ./processed_data
-    python train.py --encoder tiny --decoder tiny --epochs 60 --learning_rate 1e-3   # random weights, for a try
+    python train.py --encoder tiny --decoder tiny --epochs 12    # random weights, for a try
 
 Writes the run folder: model, tokenizer, image processor, checkpoints, results.json, predictions_test.json,
 training_curves.png, gallery.png, README.md. The table of test scores goes to stdout.
@@ -46,6 +46,10 @@ DEFAULTS: dict[str, Any] = {
     "predict_with_generate": True,
     "remove_unused_columns": False,
     "report_to": "none",
+    # Rank 0 computes cached features while the others wait.
+    "ddp_timeout": 7200,
+    # A loss that is not a number is to be seen, not logged as zero.
+    "logging_nan_inf_filter": False,
     "seed": 0,
 }
 
@@ -61,7 +65,7 @@ def build_parser() -> argparse.ArgumentParser:
     data = parser.add_argument_group("data and output")
     data.add_argument("--data_path", type=Path, default=Path("processed_data"), help="what dataloader.py wrote")
     data.add_argument("--output_dir", type=Path, default=Path("vit-gpt2-coco"), help="the run folder to write")
-    data.add_argument("--epochs", type=float, default=10, help="passes over the training images (default: 10)")
+    data.add_argument("--epochs", type=float, help="passes over the training images (default: 10)")
     data.add_argument(
         "--resume_from_checkpoint",
         metavar="DIR",
@@ -126,9 +130,9 @@ def check_rest(parser: argparse.ArgumentParser, rest: list[str]) -> None:
         kind = types.get(option.removeprefix("--"), "").split(" | ")[0]
         if kind in ("int", "float") and value:
             try:
-                float(value)
+                int(value) if kind == "int" else float(value)
             except ValueError:
-                parser.error(f"{option} takes a number, not '{value}'")
+                parser.error(f"{option} takes {'an integer' if kind == 'int' else 'a number'}, not '{value}'")
 
 
 def missing_cpu_processes() -> int:
@@ -157,8 +161,14 @@ def parse_arguments(argv: list[str] | None):
         check_rest(parser, rest)
         if args.cache_features and not args.freeze_encoder:
             parser.error("--cache_features needs --freeze_encoder: features of a moving encoder cannot be kept")
-        if args.epochs <= 0:
+        given = {word.split("=")[0] for word in rest}
+        if args.epochs is not None and given & {"--num_train_epochs", "--max_steps"}:
+            parser.error("--epochs and --num_train_epochs or --max_steps say two things; give one of them")
+        if args.epochs is not None and args.epochs <= 0:
             parser.error(f"--epochs {args.epochs:g} is not above 0")
+        if args.output_dir.exists() and not args.output_dir.is_dir():
+            parser.error(f"--output_dir '{args.output_dir}' is a file; name a folder")
+        find_checkpoint(args)
         if not (args.data_path / "dataset.json").is_file():
             parser.error(f"--data_path '{args.data_path}' is not a folder of dataloader.py; did you run it?")
         if args.resume_from_checkpoint is None and any(args.output_dir.glob("checkpoint-*")):
@@ -185,24 +195,50 @@ def parse_arguments(argv: list[str] | None):
         trainer_parser.print_help()
         sys.exit(0)
     own = [f"--output_dir={args.output_dir}"]
-    if not any(word.split("=")[0] in ("--num_train_epochs", "--max_steps") for word in rest):
-        own.append(f"--num_train_epochs={args.epochs}")
-    trainer_parser.set_defaults(**device_defaults())
+    if not given & {"--num_train_epochs", "--max_steps"}:
+        own.append(f"--num_train_epochs={10 if args.epochs is None else args.epochs}")
+    defaults = device_defaults()
+    defaults["bf16"] &= not given & {"--fp16", "--use_cpu"}
+    trainer_parser.set_defaults(**defaults)
+    trainer_parser.error = parser.error
     try:
         training, unused = trainer_parser.parse_args_into_dataclasses([*own, *rest], return_remaining_strings=True)
     except (ValueError, ImportError, RuntimeError) as error:
         raise InputError(str(error).strip().splitlines()[0]) from error
     if unused:
         raise InputError(f"'{unused[0]}' belongs to no flag")
-    for flag, must in (("predict_with_generate", True), ("remove_unused_columns", False)):
+    check_training(training)
+    return args, training
+
+
+def check_training(training) -> None:
+    """Refuse what the Trainer would accept and stumble over later, and set what follows from other flags."""
+    for flag, must in (
+        ("predict_with_generate", True),
+        ("remove_unused_columns", False),
+        ("eval_do_concat_batches", True),
+        ("batch_eval_metrics", False),
+        ("dataloader_drop_last", False),
+    ):
         if getattr(training, flag) != must:
-            raise InputError(
-                f"--{flag} {not must} cannot work here: captions are generated from whole rows; leave it out"
-            )
+            raise InputError(f"--{flag} {not must} cannot work here: every image is captioned and scored; leave it out")
+    for flag in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
+        if getattr(training, flag) < 1:
+            raise InputError(f"--{flag} {getattr(training, flag)} is below 1")
+    if training.learning_rate <= 0:
+        raise InputError(f"--learning_rate {training.learning_rate:g} is not above 0")
+    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in SCORES:
+        raise InputError(f"--metric_for_best_model '{metric}' is not a score; choose from {', '.join(SCORES)}")
     for tracker in training.report_to:
         if tracker in ("tensorboard", "wandb", "mlflow") and importlib.util.find_spec(tracker) is None:
             raise InputError(f"--report_to {tracker} needs that package: pip install {tracker}")
-    return args, training
+    if training.dataloader_num_workers == 0:
+        training.dataloader_persistent_workers = False
+    if training.n_gpu > 1:
+        # torch's DataParallel, which the Trainer would use, copies the model at every step.
+        cli.note(f"{training.n_gpu} GPUs are here, one is used; 'accelerate launch --multi_gpu train.py' uses all")
+        training._n_gpu = 1
 
 
 def device_defaults() -> dict[str, Any]:
@@ -214,30 +250,13 @@ def device_defaults() -> dict[str, Any]:
     workers = max(1, min(8, (os.cpu_count() or 1) // (2 * processes)))
     return {
         "use_cpu": forced_to_cpu,
-        "bf16": not forced_to_cpu and torch.cuda.is_available() and torch.cuda.is_bf16_supported(),
+        "bf16": not forced_to_cpu
+        and torch.cuda.is_available()
+        and torch.cuda.is_bf16_supported(including_emulation=False),
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": True,
         "dataloader_pin_memory": torch.cuda.is_available(),
     }
-
-
-def load_data(args: argparse.Namespace):
-    """The data set, its tokenizer, and what `dataset.json` says of it."""
-    from datasets import load_from_disk
-    from datasets.utils.logging import disable_progress_bar
-
-    from captioning import coco, model
-
-    disable_progress_bar()
-    description = coco.read_json(args.data_path / "dataset.json")
-    try:
-        splits = load_from_disk(str(args.data_path))
-    except (OSError, ValueError) as error:
-        raise InputError(f"--data_path '{args.data_path}' cannot be read ({error}); run dataloader.py again") from None
-    for split in ("train", "validation", "test"):
-        if split not in splits or not len(splits[split]):
-            raise InputError(f"--data_path '{args.data_path}' has no {split} images; run dataloader.py again")
-    return splits, model.load_tokenizer(args.data_path, "--data_path"), description
 
 
 def check_tokenizer(args: argparse.Namespace, tokenizer, description: dict[str, Any]) -> None:
@@ -269,36 +288,45 @@ def learning_rates(args: argparse.Namespace, training, net, new: set[str]) -> di
     return rates
 
 
-def find_checkpoint(args: argparse.Namespace) -> str | None:
+def find_checkpoint(args: argparse.Namespace) -> Path | None:
     """The checkpoint to continue from, None to start anew."""
-    from transformers.trainer_utils import get_last_checkpoint
-
     asked = args.resume_from_checkpoint
     if asked is None or asked.lower() == "false":
         return None
-    if asked.lower() in ("auto", "true"):
-        found = get_last_checkpoint(args.output_dir) if args.output_dir.is_dir() else None
-        if found is None:
-            cli.note(f"no checkpoint in '{args.output_dir}': starting anew")
-        return found
-    if not (Path(asked) / "trainer_state.json").is_file():
-        raise InputError(f"--resume_from_checkpoint '{asked}' is not a checkpoint folder; name a checkpoint-* or auto")
-    return asked
+    if asked.lower() not in ("auto", "true"):
+        if not is_whole(Path(asked)):
+            raise InputError(
+                f"--resume_from_checkpoint '{asked}' is not a checkpoint folder; name a whole checkpoint-* or auto"
+            )
+        return Path(asked)
+    checkpoints = [path for path in args.output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
+    return max(filter(is_whole, checkpoints), key=lambda path: int(path.name[11:]), default=None)
+
+
+def is_whole(checkpoint: Path) -> bool:
+    """Whether a checkpoint was written to its end: the Trainer writes its state last."""
+    try:
+        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
 
 
 def main(argv: list[str] | None = None) -> int:
     args, training = parse_arguments(argv)
 
+    from datasets.utils.logging import disable_progress_bar
     from transformers import set_seed
 
-    from captioning import batch, model, report
+    from captioning import batch, model
     from captioning.features import cached_features
     from captioning.trainer import CaptionTrainer
 
     say = cli.note if training.process_index == 0 else lambda _: None
 
     # Data
-    splits, tokenizer, description = load_data(args)
+    disable_progress_bar()
+    splits, description = batch.load_prepared(args.data_path)
+    tokenizer = model.load_tokenizer(args.data_path, "--data_path")
     args.encoder = args.encoder or description["encoder"]
     args.decoder = args.decoder or description["decoder"]
     same_encoder = args.encoder == description["encoder"]
@@ -323,6 +351,14 @@ def main(argv: list[str] | None = None) -> int:
     new = model.new_parameters(net, args.encoder, args.decoder)
     if args.freeze_encoder:
         net.encoder.requires_grad_(False)
+    positions = net.decoder.config.max_position_embeddings
+    longest = max(len(labels) for rows in splits.values() for captions in rows["labels"] for labels in captions)
+    generated = training.generation_max_length or net.generation_config.max_new_tokens
+    if max(longest, generated + 1) > positions:
+        raise InputError(
+            f"--decoder '{args.decoder}' has {positions} positions, and the longest caption {longest} tokens "
+            f"({generated} are generated at most); run dataloader.py with a smaller --max_length"
+        )
     # What the captions are scored with is what the model is saved with.
     if training.generation_num_beams:
         net.generation_config.num_beams = training.generation_num_beams
@@ -365,16 +401,23 @@ def main(argv: list[str] | None = None) -> int:
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"],
     )
-    trainer.train(resume_from_checkpoint=find_checkpoint(args))
+    checkpoint = find_checkpoint(args)
+    if args.resume_from_checkpoint:
+        say(
+            f"going on from {checkpoint}"
+            if checkpoint
+            else f"no whole checkpoint in '{args.output_dir}': starting anew"
+        )
+    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if trainer.is_world_process_zero():
+        model.save(bundle, args.output_dir)  # before any evaluation in half precision rounds the weights
 
     # Scores of the checkpoint that is kept. The test split is seen here, once.
-    best = best_evaluation(trainer.state)
-    validation = {name.removeprefix("eval_"): value for name, value in best.items()}
-    if not validation:
-        validation = strip(trainer.evaluate(), "eval_")
+    kept = trainer.state.best_global_step if training.load_best_model_at_end else None
+    validation = evaluation_at(kept, trainer.state) if kept else strip(trainer.evaluate(), "eval_")
     test = strip(trainer.predict(datasets["test"]).metrics, "test_")
     if trainer.is_world_process_zero():
-        write_run(args, training, trainer, bundle, splits["test"], references, validation, test, description, report)
+        write_run(args, training, trainer, bundle, splits["test"], validation, test, description, kept)
         print(table(validation, test))
         say(f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ...")
     trainer.accelerator.end_training()
@@ -399,12 +442,9 @@ def strip(metrics: dict[str, float], prefix: str) -> dict[str, float]:
     return {name: metrics[prefix + name] for name in SCORES if prefix + name in metrics}
 
 
-def best_evaluation(state) -> dict[str, float]:
-    """The scores that the kept checkpoint had on validation; empty when none was kept."""
-    for entry in state.log_history:
-        if "eval_loss" in entry and entry["step"] == state.best_global_step:
-            return {name: entry[f"eval_{name}"] for name in SCORES}
-    return {}
+def evaluation_at(step: int, state) -> dict[str, float]:
+    """The validation scores of a step, as they were logged."""
+    return next(strip(entry, "eval_") for entry in state.log_history if entry["step"] == step and "eval_loss" in entry)
 
 
 def table(validation: dict[str, float], test: dict[str, float]) -> str:
@@ -413,20 +453,19 @@ def table(validation: dict[str, float], test: dict[str, float]) -> str:
     return "\n".join(lines)
 
 
-def write_run(args, training, trainer, bundle, test_rows, references, validation, test, description, report) -> None:
-    """Everything in the run folder besides the checkpoints."""
-    from captioning import model
+def write_run(args, training, trainer, bundle, test_rows, validation, test, description, kept) -> None:
+    """Everything in the run folder besides the model and the checkpoints."""
+    from captioning import report
 
     folder = args.output_dir
-    model.save(bundle, folder)
     predictions = trainer.predictions
     # COCO's results format, in the order of the split
     results = [{"image_id": i, "caption": predictions[i]} for i in test_rows["image_id"]]
     write_whole(folder / "predictions_test.json", json.dumps(results, indent=1) + "\n")
     content = {
         "protocol": PROTOCOL,
-        "checkpoint": "best on validation" if trainer.state.best_global_step else "last",
-        "step": trainer.state.best_global_step or trainer.state.global_step,
+        "checkpoint": f"best {training.metric_for_best_model} on validation" if kept else "last",
+        "step": kept or trainer.state.global_step,
         "validation": {"images": description["images"]["validation"], **validation},
         "test": {"images": description["images"]["test"], **test},
         "model": {"encoder": args.encoder, "decoder": args.decoder, "freeze_encoder": args.freeze_encoder},
@@ -439,7 +478,7 @@ def write_run(args, training, trainer, bundle, test_rows, references, validation
         },
     }
     write_whole(folder / "results.json", json.dumps(content, indent=2, default=str) + "\n")
-    report.draw_curves(trainer.state.log_history, folder / "training_curves.png", trainer.state.best_global_step)
+    report.draw_curves(trainer.state.log_history, folder / "training_curves.png", kept)
     report.draw_gallery(
         [
             {"image": row["image"], "caption": predictions[row["image_id"]], "reference": row["captions"][0]}

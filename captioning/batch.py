@@ -9,12 +9,16 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
 from transformers import PreTrainedTokenizerBase
+
+from captioning import InputError
+from captioning.files import read_json
 
 IGNORED = -100  # cross_entropy's ignore_index
 
@@ -34,6 +38,29 @@ def encode_captions(
     encoded = [[token for token in ids if token != eos] for ids in encoded]
     truncated = sum(len(ids) > max_length - 1 for ids in encoded)
     return [[*ids[: max_length - 1], eos] for ids in encoded], truncated
+
+
+def load_prepared(folder: Path) -> tuple[Any, dict[str, Any]]:
+    """The splits of a folder that `dataloader.py` wrote, memory-mapped, and its `dataset.json`.
+
+    Raises:
+        InputError: it is no such folder, or not whole.
+    """
+    from datasets import load_from_disk
+
+    description = read_json(folder / "dataset.json")
+    try:
+        splits = load_from_disk(str(folder))
+    except (OSError, ValueError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"--data_path '{folder}' cannot be read ({reason}); run dataloader.py again") from None
+    for split in ("train", "validation", "test"):
+        if split not in splits or not len(splits[split]):
+            raise InputError(f"--data_path '{folder}' has no {split} images; run dataloader.py again")
+    missing = {"source", "encoder", "decoder", "images"} - set(description)
+    if missing:
+        raise InputError(f"'{folder}/dataset.json' does not say '{min(missing)}'; run dataloader.py again")
+    return splits, description
 
 
 class Pixels:

@@ -25,15 +25,22 @@ def run(main: Callable[[], int | None]) -> None:
         name = sys.argv[0].rsplit("/", 1)[-1]
         print(f"{name}: error: {error}", file=sys.stderr)
         code = 2
+    except BrokenPipeError:
+        # The reader (head, say) has gone. Nothing more can be said to it, not even at interpreter exit.
+        sys.stdout = None
+        code = 1
+    except OSError as error:
+        if "--debug" in sys.argv:
+            raise
+        name = sys.argv[0].rsplit("/", 1)[-1]
+        where = f"'{error.filename}': " if error.filename else ""
+        print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
+        code = 2
     except KeyboardInterrupt:
         if "--debug" in sys.argv:
             raise
         print("\nstopped", file=sys.stderr)
         code = 130
-    except BrokenPipeError:
-        # The reader (head, say) has gone. Nothing more can be said to it, not even at interpreter exit.
-        sys.stdout = None
-        code = 1
     sys.exit(code)
 
 

@@ -5,7 +5,6 @@ Nothing here opens an image: a record says where its file lies and what people w
 
 from __future__ import annotations
 
-import json
 import sys
 import zipfile
 from collections.abc import Iterable
@@ -13,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from captioning import InputError
-from captioning.files import write_whole
+from captioning.files import read_json, write_whole
 
 COCO_URL = "http://images.cocodataset.org"
 PARTS = ("train2014", "val2014")
@@ -30,21 +29,6 @@ class Record:
     path: Path  # where the image lies, or will lie once fetched
     captions: tuple[str, ...]
     url: str | None = None  # where to fetch the image from when it is not at `path` yet
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; InputError when it is missing, not UTF-8 JSON, or not an object."""
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise InputError(f"'{path}' does not exist; check the path") from None
-    except OSError as error:
-        raise InputError(f"cannot read '{path}': {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise InputError(f"'{path}' is not a JSON file ({error}); fetch it again") from None
-    if not isinstance(content, dict):
-        raise InputError(f"'{path}' holds a {type(content).__name__}, not a JSON object with 'images'")
-    return content
 
 
 def read_coco(coco_dir: Path, url: str | None = None) -> dict[str, list[Record]]:

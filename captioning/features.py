@@ -6,11 +6,12 @@ a stale file is never used. An interrupted computation goes on where it stopped.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -60,6 +61,31 @@ def cached_features(
     if path.is_file():
         say(f"features: {split} from {path}")
         return np.load(path, mmap_mode="r")
+    folder.mkdir(parents=True, exist_ok=True)
+    with _only_one(path.with_suffix(".lock")):
+        if not path.is_file():  # another run may have finished it while this one waited
+            _compute(bundle, dataset, path, split, batch_size, say)
+    return np.load(path, mmap_mode="r")
+
+
+@contextlib.contextmanager
+def _only_one(lock: Path) -> Iterator[None]:
+    """Let one process at a time through; the others wait. Where there is no flock (Windows), nobody waits."""
+    try:
+        import fcntl
+    except ImportError:
+        yield
+        return
+    with lock.open("w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _compute(
+    bundle: Bundle, dataset: CaptionDataset, path: Path, split: str, batch_size: int, say: Callable[[str], None]
+) -> None:
+    """Write the features of `dataset` to `path`, going on where an earlier call was interrupted."""
+    folder = path.parent
     encoder, pixels = bundle.model.encoder.eval(), dataset.pixels
     device = next(encoder.parameters()).device
 
@@ -69,7 +95,6 @@ def cached_features(
 
     shape = (len(dataset), *encode([dataset.image(0)]).shape[1:])
     size = 2 * int(np.prod(shape, dtype=np.int64))
-    folder.mkdir(parents=True, exist_ok=True)
     part, progress = path.with_suffix(".part"), path.with_suffix(".done")
     free = shutil.disk_usage(folder).free + (part.stat().st_size if part.exists() else 0)
     if size > free:
@@ -93,4 +118,3 @@ def cached_features(
     del features
     part.replace(path)
     progress.unlink(missing_ok=True)
-    return np.load(path, mmap_mode="r")

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
+
+from captioning import InputError
 
 
 @contextlib.contextmanager
@@ -25,3 +28,18 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """Write bytes, or text as UTF-8."""
     with replacing(path) as part:
         part.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def read_json(path: Path) -> dict:
+    """A JSON object from a file; InputError when it is missing, not UTF-8 JSON, or not an object."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise InputError(f"'{path}' does not exist; check the path") from None
+    except OSError as error:
+        raise InputError(f"cannot read '{path}': {error.strerror}") from None
+    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise InputError(f"'{path}' is not a JSON file ({error}); fetch it again") from None
+    if not isinstance(content, dict):
+        raise InputError(f"'{path}' holds a {type(content).__name__}, not a JSON object")
+    return content

@@ -60,7 +60,7 @@ VOCABULARY = {"tiny": 1_000, "small": 5_000, "base": 50_257}
 # How captions are decoded unless told otherwise.
 DECODING = {"num_beams": 3, "max_new_tokens": 40}
 END_OF_TEXT = "<|endoftext|>"
-BUNDLE_HINT = "train a model with train.py or name a folder that it wrote"
+BUNDLE_HINT = "name a run folder that train.py wrote"
 
 
 @dataclass
@@ -126,10 +126,8 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
         )
     except (OSError, ValueError) as error:
         reason = "is not on the Hugging Face hub" if _hub_is_reachable() else "is not here and the hub is not reachable"
-        raise InputError(
-            f"{what} '{name}' {reason} ({type(error).__name__}); "
-            "name a local folder, an id that exists, or a preset: tiny, small, base"
-        ) from None
+        remedy = BUNDLE_HINT if what == "--model_path" else "name a local folder or a preset: tiny, small, base"
+        raise InputError(f"{what} '{name}' {reason} ({type(error).__name__}); {remedy}") from None
 
 
 def _require_safetensors(folder: Path, what: str) -> None:
@@ -141,7 +139,9 @@ def _require_safetensors(folder: Path, what: str) -> None:
             f"{what} '{folder}' holds pickled weights ({pickled[0]}), which can run code when they are opened; "
             "convert them to safetensors first"
         )
-    raise InputError(f"{what} '{folder}' holds no model.safetensors; {BUNDLE_HINT}")
+    raise InputError(
+        f"{what} '{folder}' holds no model.safetensors; name a folder or a hub id with safetensors weights"
+    )
 
 
 def _read_config(folder: Path, what: str):

@@ -121,8 +121,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         if self.args.train_sampling_strategy != "group_by_length":
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
+        seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         together = self.args.train_batch_size * self.args.world_size
-        return LengthSampler(dataset.lengths(), together, self.args.data_seed or self.args.seed)
+        return LengthSampler(dataset.lengths(), together, seed)
 
     def _get_eval_sampler(self, eval_dataset):
         return torch.utils.data.SequentialSampler(eval_dataset)
@@ -145,6 +146,11 @@ class CaptionTrainer(Seq2SeqTrainer):
         return optimizer
 
     # ---- checkpoints
+
+    def _save(self, output_dir=None, state_dict=None):
+        """A checkpoint is a run folder too: `inference.py --model_path run/checkpoint-100` works."""
+        super()._save(output_dir, state_dict)
+        self.bundle.image_processor.save_pretrained(output_dir or self.args.output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
@@ -193,7 +199,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         else:
             images = {"pixel_values": inputs["pixel_values"][first_row_of_image]}
         with torch.inference_mode():
-            tokens = self.model.generate(**images, **{**getattr(self, "_gen_kwargs", {}), **generation})
+            settings = {**getattr(self, "_gen_kwargs", {}), **generation}
+            # Where parameters are spread over processes, all must go on until the last has finished.
+            settings["synced_gpus"] = self.is_fsdp_enabled or self.is_deepspeed_enabled
+            tokens = self.model.generate(**images, **settings)
         return None, (tokens.clone(), summed, counted), image_id
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
@@ -218,9 +227,15 @@ class CaptionTrainer(Seq2SeqTrainer):
 class Progress(ProgressCallback):
     """One progress bar for training, one line for each evaluation, both on stderr."""
 
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if not args.disable_tqdm:
+            super().on_prediction_step(args, state, control, **kwargs)
+
     def on_train_begin(self, args, state, control, **kwargs):
         super().on_train_begin(args, state, control, **kwargs)
         if self.training_bar is not None:
+            if args.disable_tqdm:
+                self.training_bar.disable = True
             self.training_bar.set_description("training")
             self.training_bar.update(state.global_step)  # what a resumed run has behind it
             self.training_bar.initial = state.global_step
@@ -229,14 +244,14 @@ class Progress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
-        if "loss" in logs:
-            if not math.isfinite(logs["loss"]):
+        for name in ("loss", "eval_loss"):
+            if not math.isfinite(logs.get(name, 0.0)):
                 raise InputError(
-                    f"the loss became {logs['loss']} at step {state.global_step}; lower --learning_rate, "
+                    f"the loss became {logs[name]} by step {state.global_step}; lower --learning_rate, "
                     "or train without --fp16"
                 )
-            if self.training_bar is not None:
-                self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+        if "loss" in logs and self.training_bar is not None:
+            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
         if "eval_loss" in logs:
             scores = "  ".join(f"{name} {logs['eval_' + key]:.3f}" for key, name in SHOWN if "eval_" + key in logs)
             tqdm.write(f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}", file=sys.stderr)
