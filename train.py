@@ -3,7 +3,7 @@
     python train.py --data_path ./processed_data --epochs 10                    # one GPU, or the CPU
     accelerate launch --multi_gpu train.py --data_path ./processed_data         # every GPU of the machine
     accelerate launch --num_processes 2 --cpu train.py --data_path ./processed_data
-    python train.py --encoder tiny --decoder tiny --epochs 12    # random weights, for a try
+    python train.py --encoder tiny --decoder tiny --epochs 22    # random weights, for a try
 
 Writes the run folder: model, tokenizer, image processor, checkpoints, results.json, predictions_test.json,
 training_curves.png, gallery.png, README.md. The table of test scores goes to stdout.
@@ -390,7 +390,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     if args.packing and training.train_sampling_strategy == "group_by_length":
         sampler = batch.LengthSampler(datasets["train"].lengths(), training.train_batch_size, training.seed)
-        say(f"padding: {sampler.padding():.1%} of the decoder's positions")
+        say(f"padding: {sampler.padding():.1%} of the decoder's positions, sorting within {sampler.window} batches")
     start = net.config.decoder_start_token_id
     trainer = CaptionTrainer(
         bundle,

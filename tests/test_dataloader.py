@@ -201,6 +201,7 @@ def test_a_failure_leaves_nothing_behind(coco_dir, tmp_path, monkeypatch):
     ("arguments", "message"),
     [
         (["--limit_data=-1"], "--limit_data -1 is negative"),
+        (["--limit_data=2"], "--limit_data 2 is too few"),
         (["--limit_data=many"], "invalid int value: 'many'"),
         (["--val_share=0"], "--val_share 0.0 is not between 0 and 1"),
         (["--val_share=0.6", "--test_share=0.6"], "leave no images to train on"),

@@ -20,7 +20,7 @@ def bundle_and_data(prepared):
 
 
 def compute(bundle, dataset, folder, said=None):
-    return features.cached_features(bundle, dataset, folder, "validation", 4, (said or []).append)
+    return features.cached_features(bundle, dataset, folder, "validation", 4, ([] if said is None else said).append)
 
 
 def test_cached_features_are_the_live_ones_in_float16(bundle_and_data, tmp_path):
@@ -96,7 +96,7 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(bundle_and_data, tm
     resumed = compute(bundle, dataset, tmp_path / "resumed")
     assert np.array_equal(resumed, undisturbed)
     assert seen == [0, *range(12, 21)], "the first image tells the shape; the others go on after three whole batches"
-    assert [path.suffix for path in (tmp_path / "resumed").iterdir()] == [".npy"]
+    assert {path.suffix for path in (tmp_path / "resumed").iterdir()} == {".npy", ".lock"}
 
 
 def test_no_room_is_said_before_anything_is_computed(bundle_and_data, tmp_path, monkeypatch):

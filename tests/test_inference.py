@@ -1,9 +1,11 @@
 """Stage 3: captions on stdout, failures on stderr, exit codes, and scoring."""
 
 import json
+import os
 import subprocess
 import sys
 import zlib
+from pathlib import Path
 
 import pytest
 from conftest import ROOT, script
@@ -88,6 +90,25 @@ def test_output_writes_json(run, pictures, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["captions.json"]
 
 
+def test_a_checkpoint_is_a_run_folder_too(trained, pictures, capsys):
+    checkpoint = sorted(trained.glob("checkpoint-*"))[-1]
+    assert (
+        inference.main([f"--model_path={checkpoint}", "--image_path", str(pictures / "rgb.jpg"), "--device=cpu"]) == 0
+    )
+    assert capsys.readouterr().out.strip()
+
+
+def test_a_file_name_need_not_be_utf8(run, pictures, tmp_path):
+    name = os.fsencode(tmp_path) + b"/caf\xe9.jpg"
+    try:
+        Path(os.fsdecode(name)).write_bytes((pictures / "rgb.jpg").read_bytes())
+    except OSError:
+        return  # a file system that only knows UTF-8 cannot have such a file
+    output = tmp_path / "captions.json"
+    code, _, _ = run("--image_path", tmp_path, "--output", output)
+    assert code == 0 and "caf\ufffd.jpg" in json.loads(output.read_text())[0]["path"]
+
+
 def test_in_a_batch_the_good_ones_are_captioned_and_the_bad_ones_listed(run, pictures, tmp_path):
     (tmp_path / "text.jpg").write_text("<html>not found</html>")
     cut = tmp_path / "cut.jpg"
@@ -151,7 +172,10 @@ def test_urls(run, pictures):
         (["--image_path", "x.jpg", "--num_beams", "0"], "--num_beams 0 is below 1"),
         (["--image_path", "x.jpg", "--batch_size", "-4"], "--batch_size -4 is below 1"),
         (["--predictions", "x.json"], "--predictions needs --data_path"),
-        (["--image_path", "x.jpg", "--output", "/no/such/folder/x.json"], "there is no folder"),
+        (["--image_path", "x" * 300, "--output", "/no/such/folder/x.json"], "there is no folder"),
+        (["--image_path", "x.jpg", "--output", "/"], "is a folder"),
+        (["--image_path", "x.jpg", "--model_path", "nope"], "did you run train.py?"),
+        (["--data_path", "x", "--model_path", "/"], "did you run it?"),
         (["--data_path", "x", "--split", "dev"], "invalid choice: 'dev'"),
     ],
 )

@@ -308,12 +308,63 @@ def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(prepared, tmp
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
     assert not (tmp_path / "killed" / "results.json").exists()
-    # The kill may have come while a later checkpoint was half written; the one that is named is whole.
-    for later in (tmp_path / "killed").glob("checkpoint-1*"):
-        shutil.rmtree(later)
+    # A later checkpoint that was half written when the kill came: it has weights, and is passed over.
+    half = tmp_path / "killed" / "checkpoint-90"
+    half.mkdir()
+    shutil.copy(tmp_path / "killed" / "checkpoint-6" / "model.safetensors", half)
     train.main(arguments(prepared, tmp_path / "killed", *common, "--resume_from_checkpoint=auto"))
     weights = [load_file(tmp_path / name / "checkpoint-18" / "model.safetensors") for name in ("undisturbed", "killed")]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_loss_that_is_not_a_number_stops_the_run(prepared, tmp_path):
+    with pytest.raises(InputError, match="the loss became nan by step"):
+        train.main(
+            arguments(
+                prepared,
+                tmp_path / "run",
+                "--epochs=3",
+                "--learning_rate=1e12",
+                "--max_grad_norm=0",
+                "--warmup_steps=0",
+            )
+        )
+    assert not (tmp_path / "run" / "results.json").exists()
+
+
+def test_without_load_best_the_scores_are_those_of_the_last_weights(prepared, tmp_path):
+    folder = tmp_path / "run"
+    train.main(arguments(prepared, folder, "--epochs=1", "--load_best_model_at_end=False", "--bf16_full_eval=True"))
+    results = json.loads((folder / "results.json").read_text())
+    assert (results["checkpoint"], results["step"]) == ("last", 6)
+    kept, last = load_file(folder / "model.safetensors"), load_file(folder / "checkpoint-6" / "model.safetensors")
+    assert all(kept[name].dtype == torch.float32 and torch.equal(kept[name], last[name]) for name in kept)
+
+
+def test_a_caption_longer_than_the_decoder_is_refused_before_training(tmp_path):
+    from test_coco import coco_folder
+    from test_dataloader import photographs
+
+    import dataloader
+
+    long = " ".join(chr(0x4E00 + i) for i in range(60))  # 3 bytes each, and the vocabulary has no merges for them
+    root = coco_folder(tmp_path / "coco", {i: [long] for i in range(1, 6)}, {i: [long] for i in range(101, 104)})
+    for part, ids in (("train2014", range(1, 6)), ("val2014", range(101, 104))):
+        photographs(root / part, [f"COCO_{part}_{i:012d}.jpg" for i in ids])
+    (tmp_path / "decoder").mkdir()
+    model.train_tokenizer(["a"], 300).save_pretrained(tmp_path / "decoder")
+    dataloader.main(
+        [
+            f"--coco_dir={root}",
+            f"--save_path={tmp_path / 'data'}",
+            "--encoder=tiny",
+            f"--decoder={tmp_path / 'decoder'}",
+            "--max_length=200",
+            "--num_proc=1",
+        ]
+    )
+    with pytest.raises(InputError, match="has 128 positions, and the longest caption 200 tokens"):
+        train.main([f"--data_path={tmp_path / 'data'}", f"--output_dir={tmp_path / 'run'}", "--decoder=tiny"])
 
 
 def test_two_processes_score_every_image_once_and_as_one_process_does(trained, prepared, tmp_path):
@@ -394,6 +445,8 @@ def test_two_processes_train_as_one_does(prepared, tmp_path):
     ("more", "message"),
     [
         (["--epochs=0"], "--epochs 0 is not above 0"),
+        (["--epochs=2", "--max_steps=5"], "say two things"),
+        (["--per_device_train_batch_size=2.5"], "takes an integer, not '2.5'"),
         (["--learning_rte=1"], "unknown flag --learning_rte; did you mean --learning_rate?"),
         (["--learning_rate=fast"], "--learning_rate takes a number, not 'fast'"),
         (["--learning_rate", "fast"], "--learning_rate takes a number, not 'fast'"),
@@ -416,15 +469,19 @@ def test_mistakes_in_the_arguments_are_named_at_once(prepared, tmp_path, capsys,
         (["--remove_unused_columns=True"], "--remove_unused_columns True cannot work here"),
         (["--encoder_lr=-1"], "--encoder_lr -1 is not above 0"),
         (["--resume_from_checkpoint=nowhere"], "'nowhere' is not a checkpoint folder"),
+        (["--dataloader_drop_last=True"], "--dataloader_drop_last True cannot work here"),
+        (["--metric_for_best_model=bleu4"], "'bleu4' is not a score; choose from"),
+        (["--per_device_train_batch_size=0"], "--per_device_train_batch_size 0 is below 1"),
+        (["--learning_rate=-1"], "--learning_rate -1 is not above 0"),
         (["--eval_strategy=steps", "--save_strategy=epoch"], "requires the save and eval strategy to match"),
     ],
 )
-def test_what_cannot_work_is_one_sentence(prepared, tmp_path, more, message):
+def test_what_cannot_work_is_one_sentence(prepared, tmp_path, more, message, capsys):
     with pytest.raises((InputError, SystemExit)) as stopped:
-        train.main(arguments(prepared, tmp_path / "run", *more))
-    if isinstance(stopped.value, InputError):
-        assert message in str(stopped.value)
-        assert "\n" not in str(stopped.value)
+        train.main([*arguments(prepared, tmp_path / "run"), *more])
+    said = capsys.readouterr().err.splitlines()[-1] if stopped.type is SystemExit else str(stopped.value)
+    assert stopped.type is InputError or stopped.value.code == 2
+    assert message in said and "\n" not in said
 
 
 def test_a_decoder_with_another_tokenizer_is_refused(prepared, tmp_path):
