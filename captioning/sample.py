@@ -1,8 +1,8 @@
 """Draws a small data set in COCO 2014's layout, so that everything runs with no network.
 
 Each scene is one shape, a few alike, or two shapes and where they stand to each other, with five differently worded
-captions. Some pairs of colour and shape appear in the test split only: a model that captions them right has
-learnt colours and shapes, not pictures.
+captions. Some combinations appear in the test split only ("three blue squares", while train shows two of them, and
+three red ones): a model that captions them right has learnt colours, shapes and numbers, not pictures.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ BACKGROUNDS = {"white": (250, 250, 250), "grey": (186, 186, 190)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
-# Shared by nobody but the test split: one colour of each shape.
-HELD_OUT = {(colour, shape) for i, colour in enumerate(COLOURS) for j, shape in enumerate(SHAPES) if i == j + 1}
-SEEN = [(colour, shape) for colour in COLOURS for shape in SHAPES if (colour, shape) not in HELD_OUT]
+SIZES = ("small", "large")
+THINGS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
 SPLITS = {"train": 900, "val": 80, "test": 120}
 GRAYSCALE = {"train": 9, "val": 3}  # files of mode L, so that the RGB filter has work
 UNLABELLED = 8  # images in test2014, without captions as in COCO itself
 
-Scene = tuple[Image.Image, list[str]]
+# image, captions, and what is combined in it, such as "three blue square"
+Scene = tuple[Image.Image, list[str], str]
 
 
 def draw(root: Path, seed: int = 0) -> Path:
@@ -52,7 +52,7 @@ def draw(root: Path, seed: int = 0) -> Path:
         folder = "train2014" if split == "train" else "val2014"
         for number in range(count + GRAYSCALE.get(split, 0)):
             unseen = split == "test" and number % 2 == 0
-            scene, captions = draw_scene(rng, unseen)
+            scene, captions, combination = draw_scene(rng, unseen)
             if number >= count:
                 scene = scene.convert("L")
             image_id = len(images) + 1
@@ -66,10 +66,11 @@ def draw(root: Path, seed: int = 0) -> Path:
                     "filename": name,
                     "split": split,
                     "sentences": sentences,
+                    "combination": combination,
                 }
             )
     for number in range(UNLABELLED):
-        scene, _ = draw_scene(rng, unseen=True)
+        scene, _, _ = draw_scene(rng, unseen=True)
         _save(scene, root / "test2014" / f"COCO_test2014_{len(images) + 1 + number:012d}.jpg")
     for folder in ("train2014", "val2014"):
         _write_json(root / "annotations" / f"captions_{folder}.json", _coco_annotations(images, folder))
@@ -79,20 +80,28 @@ def draw(root: Path, seed: int = 0) -> Path:
 
 
 def draw_scene(rng: random.Random, unseen: bool = False) -> Scene:
-    """One scene and its five captions; `unseen` puts a pair of colour and shape in it that train never shows."""
-    colour, shape = rng.choice(sorted(HELD_OUT) if unseen else SEEN)
-    background = rng.choice(sorted(BACKGROUNDS))
-    kind = rng.choice(("one", "several", "two"))
-    if kind == "one":
-        return _draw_one(rng, background, colour, shape)
-    if kind == "several":
-        return _draw_several(rng, background, colour, shape)
-    other = rng.choice([pair for pair in SEEN if pair != (colour, shape)])
-    return _draw_two(rng, background, (colour, shape), other)
+    """One scene and its five captions; `unseen` makes it one of the combinations that train never shows."""
+    kind = rng.choice((_draw_one, _draw_several, _draw_two))
+    return kind(rng, rng.choice(sorted(BACKGROUNDS)), unseen)
 
 
-def _draw_one(rng: random.Random, background: str, colour: str, shape: str) -> Scene:
-    size = rng.choice(("small", "large"))
+def _choose(rng: random.Random, others: int, step: int, unseen: bool) -> tuple[int, int]:
+    """A thing and one of `others` attributes, by number; a sixth of all combinations is held out for the test split.
+
+    Every thing and every attribute is seen in other combinations.
+    """
+    combinations = [
+        (thing, other)
+        for thing in range(len(THINGS))
+        for other in range(others)
+        if ((thing + step * other) % 6 == 0) == unseen
+    ]
+    return rng.choice(combinations)
+
+
+def _draw_one(rng: random.Random, background: str, unseen: bool) -> Scene:
+    thing, number = _choose(rng, len(SIZES), 3, unseen)
+    (colour, shape), size = THINGS[thing], SIZES[number]
     radius = rng.uniform(18, 22) if size == "small" else rng.uniform(36, 44)
     centre = (rng.uniform(radius + 4, SIDE - radius - 4), rng.uniform(radius + 4, SIDE - radius - 4))
     captions = [
@@ -102,11 +111,12 @@ def _draw_one(rng: random.Random, background: str, colour: str, shape: str) -> S
         f"One {colour} {shape}, and it is {size}.",
         f"A single {size} {shape} drawn in {colour} on {background}.",
     ]
-    return _paint(rng, background, [(colour, shape, centre, radius)]), captions
+    return _paint(rng, background, [(colour, shape, centre, radius)]), captions, f"{size} {colour} {shape}"
 
 
-def _draw_several(rng: random.Random, background: str, colour: str, shape: str) -> Scene:
-    count = rng.choice(sorted(NUMBERS))
+def _draw_several(rng: random.Random, background: str, unseen: bool) -> Scene:
+    thing, count = _choose(rng, len(NUMBERS), 2, unseen)
+    (colour, shape), count = THINGS[thing], sorted(NUMBERS)[count]
     corners = rng.sample([(34, 34), (94, 34), (34, 94), (94, 94)], count)
     items = [(colour, shape, (x + rng.uniform(-6, 6), y + rng.uniform(-6, 6)), rng.uniform(20, 25)) for x, y in corners]
     number = NUMBERS[count]
@@ -117,10 +127,13 @@ def _draw_several(rng: random.Random, background: str, colour: str, shape: str) 
         f"A group of {number} {colour} {shape}s.",
         f"{number.capitalize()} {shape}s, all of them {colour}.",
     ]
-    return _paint(rng, background, items), captions
+    return _paint(rng, background, items), captions, f"{number} {colour} {shape}"
 
 
-def _draw_two(rng: random.Random, background: str, first: tuple[str, str], second: tuple[str, str]) -> Scene:
+def _draw_two(rng: random.Random, background: str, unseen: bool) -> Scene:
+    first, second = 0, 0
+    while first == second:
+        first, second = _choose(rng, len(THINGS), 1, unseen)
     relation = rng.choice(sorted(RELATIONS))
     near, far, across = rng.uniform(28, 36), rng.uniform(92, 100), rng.uniform(50, 78)
     along = (near, far) if relation in ("left of", "above") else (far, near)
@@ -129,8 +142,9 @@ def _draw_two(rng: random.Random, background: str, first: tuple[str, str], secon
         centres = [(along[0], across), (along[1], across + drift)]
     else:
         centres = [(across, along[0]), (across + drift, along[1])]
-    items = [(*thing, centre, rng.uniform(21, 26)) for thing, centre in zip((first, second), centres, strict=True)]
-    a, b = (f"{colour} {shape}" for colour, shape in (first, second))
+    things = (THINGS[first], THINGS[second])
+    items = [(*thing, centre, rng.uniform(21, 26)) for thing, centre in zip(things, centres, strict=True)]
+    a, b = (f"{colour} {shape}" for colour, shape in things)
     inverse = RELATIONS[relation]
     captions = [
         f"A {a} {relation} a {b}.",
@@ -139,7 +153,7 @@ def _draw_two(rng: random.Random, background: str, first: tuple[str, str], secon
         f"A {b} {inverse} a {a}.",
         f"There is a {b} {inverse} a {a} on a {background} background.",
     ]
-    return _paint(rng, background, items), captions
+    return _paint(rng, background, items), captions, " and ".join(sorted((a, b)))
 
 
 def _paint(
