@@ -172,7 +172,8 @@ def caption_images(args: argparse.Namespace) -> int:
     from captioning import batch, images, model
 
     pixels = batch.Pixels(bundle.image_processor)
-    side = model.resized_side(bundle.image_processor)
+    # Twice what is needed: the decoder may skip detail that nobody will see, the resize stays the one of training.
+    side = 2 * model.resized_side(bundle.image_processor)
     failures: list[str] = []
 
     def read(path: str):
