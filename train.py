@@ -245,17 +245,19 @@ def device_defaults() -> dict[str, Any]:
     """What depends on the machine: half precision and the number of data workers."""
     import torch
 
+    # On a CPU, bfloat16 pays only where the processor multiplies in it.
+    processor = torch.cpu.get_capabilities()
+    half_on_cpu = bool(processor.get("amx_bf16") or processor.get("avx512_bf16"))
     forced_to_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = max(1, min(8, (os.cpu_count() or 1) // (2 * processes)))
+    on_cuda = torch.cuda.is_available() and not forced_to_cpu
     return {
         "use_cpu": forced_to_cpu,
-        "bf16": not forced_to_cpu
-        and torch.cuda.is_available()
-        and torch.cuda.is_bf16_supported(including_emulation=False),
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else half_on_cpu,
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": True,
-        "dataloader_pin_memory": torch.cuda.is_available(),
+        "dataloader_pin_memory": on_cuda,
     }
 
 
@@ -319,7 +321,7 @@ def main(argv: list[str] | None = None) -> int:
 
     from captioning import batch, model
     from captioning.features import cached_features
-    from captioning.trainer import CaptionTrainer
+    from captioning.trainer import CaptionTrainer, can_pack
 
     say = cli.note if training.process_index == 0 else lambda _: None
 
@@ -381,6 +383,9 @@ def main(argv: list[str] | None = None) -> int:
                 )
 
     # Training
+    if args.packing and not can_pack(net):
+        args.packing = False
+        say(f"packing: off, because the decoder '{args.decoder}' does not keep packed captions apart")
     precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     images = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     say(
@@ -408,7 +413,9 @@ def main(argv: list[str] | None = None) -> int:
             if checkpoint
             else f"no whole checkpoint in '{args.output_dir}': starting anew"
         )
-    trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    trained = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint))
+    if trainer.images:
+        say(speed(trainer, trained.metrics["train_runtime"]))
     if trainer.is_world_process_zero():
         model.save(bundle, args.output_dir)  # before any evaluation in half precision rounds the weights
 
@@ -451,6 +458,19 @@ def table(validation: dict[str, float], test: dict[str, float]) -> str:
     lines = [f"{'':<12}{'validation':>12}{'test':>10}"]
     lines += [f"{name:<12}{validation[name]:>12.4f}{test[name]:>10.4f}" for name in SCORES]
     return "\n".join(lines)
+
+
+def speed(trainer, seconds: float) -> str:
+    """One line on what a training of `seconds` did, evaluations counted apart."""
+    from captioning.trainer import peak_memory
+
+    seconds -= trainer.evaluated
+    images = trainer.images * trainer.args.world_size
+    line = f"trained on {images:,} images in {seconds:,.0f} s: {images / seconds:.1f} images/s"
+    line += f", {int(trainer.captions) * trainer.args.world_size / seconds:.1f} captions/s"
+    line += f"; {trainer.waited / seconds:.1%} of that waiting for data; evaluations {trainer.evaluated:,.0f} s"
+    peak = peak_memory(trainer.args.device)
+    return line + (f"; peak memory {peak / 1e9:.1f} GB" if peak else "")
 
 
 def write_run(args, training, trainer, bundle, test_rows, validation, test, description, kept) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -36,8 +37,8 @@ def caption_loss(
     """Cross-entropy in nats per token.
 
     Args:
-        logits: (rows, length, vocabulary)
-        labels: (rows, length), aligned with `logits` (not shifted again); -100 counts for nothing.
+        logits: (..., vocabulary)
+        labels: (...), aligned with `logits` (not shifted again); -100 counts for nothing.
         num_items: tokens to divide by, which under gradient accumulation are those of the whole update; None: those
             of this batch.
         smoothing: label smoothing (https://arxiv.org/abs/1512.00567), 0 to 1.
@@ -51,6 +52,61 @@ def caption_loss(
         label_smoothing=smoothing,
     )
     return loss if num_items is None else loss / num_items
+
+
+def decoder_mask(model: VisionEncoderDecoderModel, segment_ids: torch.Tensor) -> torch.Tensor:
+    """`packed_attention_mask` as the model's kind of attention takes it."""
+    mask = packed_attention_mask(segment_ids)
+    if model.decoder.config._attn_implementation == "eager":
+        # Eager attention adds its mask to the scores.
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
+    return mask
+
+
+@torch.no_grad()
+def can_pack(model: VisionEncoderDecoderModel) -> bool:
+    """Whether the decoder keeps packed captions apart: two captions, packed and each alone, must give the same logits.
+
+    A kind of attention that takes no mask per position, or a decoder that counts positions itself, does not.
+    """
+    tokens = torch.arange(1, 5, device=model.device) % model.decoder.config.vocab_size
+    features = torch.linspace(-1, 1, 2 * model.encoder.config.hidden_size, device=model.device)
+    features = features.view(1, 2, -1)
+    training = model.training
+    model.eval()
+    try:
+        packed = model(
+            encoder_outputs=(features,),
+            decoder_input_ids=torch.cat([tokens, tokens])[None],
+            decoder_position_ids=torch.arange(4, device=model.device).repeat(2)[None],
+            decoder_attention_mask=decoder_mask(model, torch.tensor([[0] * 4 + [1] * 4], device=model.device)),
+            use_cache=False,
+        ).logits
+        alone = model(encoder_outputs=(features,), decoder_input_ids=tokens[None], use_cache=False).logits
+    except (ValueError, TypeError, RuntimeError):
+        return False
+    finally:
+        model.train(training)
+    return torch.allclose(packed, alone.repeat(1, 2, 1), atol=1e-3)
+
+
+class LabelledProjection:
+    """Lets a decoder's vocabulary projection see only the positions that have a label, as one row of them.
+
+    The projection is the largest matrix product of a small decoder, and padding needs none of it.
+
+    Attributes:
+        positions: (labelled,), indices into the flattened (rows, length); None: every position is projected.
+    """
+
+    def __init__(self, projection: torch.nn.Module):
+        self.positions: torch.Tensor | None = None
+        projection.register_forward_pre_hook(self._select)
+
+    def _select(self, projection, inputs):
+        if self.positions is None:
+            return None
+        return (inputs[0].flatten(0, -2).index_select(0, self.positions)[None],)
 
 
 class CaptionTrainer(Seq2SeqTrainer):
@@ -75,9 +131,7 @@ class CaptionTrainer(Seq2SeqTrainer):
             model=bundle.model,
             processing_class=bundle.tokenizer,
             compute_metrics=self._score,
-            compute_loss_func=lambda outputs, labels, num_items_in_batch=None: caption_loss(
-                outputs.logits, labels, num_items_in_batch, args.label_smoothing_factor
-            ),
+            compute_loss_func=self._loss,
             **kwargs,
         )
         # The model's own forward takes any keyword, which the Trainer reads as "computes its own scaled loss".
@@ -86,7 +140,11 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.references = references
         self.learning_rates = {part: learning_rates.get(part, args.learning_rate) for part in PARTS}
         self.pixels = Pixels(bundle.image_processor)
+        self.projection = LabelledProjection(bundle.model.get_output_embeddings())
         self.predictions: dict[int, str] = {}  # of the last evaluation
+        # What training did so far: in this process, since it was started
+        self.images = self.captions = 0
+        self.waited = self.evaluated = 0.0  # seconds spent waiting for data, and on evaluations
         for theirs in (ProgressCallback, PrinterCallback):  # they print dicts on stdout, which is for results
             self.remove_callback(theirs)
         self.add_callback(Progress)
@@ -98,24 +156,37 @@ class CaptionTrainer(Seq2SeqTrainer):
         inputs = super()._prepare_inputs(inputs)
         inputs.pop("image_id", None)
         inputs.pop("image_of_row", None)
+        self.projection.positions = inputs.pop("label_positions")
         if "features" in inputs:
             inputs["encoder_outputs"] = (inputs.pop("features").float(),)
         else:
             inputs["pixel_values"] = self.pixels.normalise(inputs["pixel_values"])
         if "segment_ids" in inputs:
-            mask = packed_attention_mask(inputs.pop("segment_ids"))
-            if self.bundle.model.decoder.config._attn_implementation == "eager":
-                # Eager attention adds its mask to the scores.
-                mask = torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-            inputs["decoder_attention_mask"] = mask
+            inputs["decoder_attention_mask"] = decoder_mask(self.bundle.model, inputs.pop("segment_ids"))
         inputs["use_cache"] = False
         return inputs
+
+    def get_batch_samples(self, *args, **kwargs):
+        started = time.perf_counter()
+        batches, num_items = super().get_batch_samples(*args, **kwargs)
+        self.waited += time.perf_counter() - started
+        self.images += sum(len(inputs["image_id"]) for inputs in batches)
+        for inputs in batches:  # not counted on the host, which would wait for the device
+            self.captions = self.captions + (inputs["labels"] == self.processing_class.eos_token_id).sum()
+        return batches, num_items
+
+    # ---- loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not any(parameter.requires_grad for parameter in self.bundle.model.encoder.parameters()):
             # A frozen encoder gives the same features every time: those that a cache would hold.
             self.bundle.model.encoder.eval()
         return super().compute_loss(model, inputs, *args, **kwargs)
+
+    def _loss(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:
+        labels = labels.flatten()[self.projection.positions]
+        self.projection.positions = None
+        return caption_loss(outputs.logits[0], labels, num_items_in_batch, self.args.label_smoothing_factor)
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy != "group_by_length":
@@ -184,14 +255,15 @@ class CaptionTrainer(Seq2SeqTrainer):
         image_of_row = inputs["image_of_row"].to(self.args.device)
         inputs = self._prepare_inputs(inputs)
         labels = inputs.pop("labels")
+        positions = self.projection.positions
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits
-            losses = functional.cross_entropy(
-                logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="none"
-            ).view(labels.shape)
+            logits = model(**inputs).logits[0]
+            losses = functional.cross_entropy(logits.float(), labels.flatten()[positions], reduction="none")
+        self.projection.positions = None  # generation needs every position
+        image_of_token = image_of_row[positions // labels.shape[1]]
         zeros = torch.zeros(len(image_id), device=losses.device)
-        summed = zeros.index_add(0, image_of_row, losses.sum(1))
-        counted = zeros.index_add(0, image_of_row, (labels != IGNORED).sum(1).to(zeros.dtype))
+        summed = zeros.index_add(0, image_of_token, losses)
+        counted = zeros.index_add(0, image_of_token, torch.ones_like(losses))
 
         first_row_of_image = torch.searchsorted(image_of_row, torch.arange(len(image_id), device=image_of_row.device))
         if "encoder_outputs" in inputs:
@@ -209,6 +281,12 @@ class CaptionTrainer(Seq2SeqTrainer):
         self._images = len(dataloader.dataset)
         return super().evaluation_loop(dataloader, *args, **kwargs)
 
+    def evaluate(self, *args, **kwargs):
+        started = time.perf_counter()
+        scores = super().evaluate(*args, **kwargs)
+        self.evaluated += time.perf_counter() - started
+        return scores
+
     def _score(self, evaluation) -> dict[str, float]:
         """Scores of an evaluated split; every image counts once, however many processes took part.
 
@@ -222,6 +300,17 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.predictions = dict(zip(ids.tolist(), decode(self.bundle.tokenizer, tokens), strict=True))
         scores = coco_scores(self.predictions, {image_id: self.references[image_id] for image_id in self.predictions})
         return {"loss": float(summed[first].sum() / counted[first].sum()), **scores}
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: the most that tensors took on an accelerator, or this process in main memory; None where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 class Progress(ProgressCallback):

@@ -21,7 +21,7 @@ from transformers import Seq2SeqTrainingArguments, set_seed
 
 import train
 from captioning import InputError, batch, model
-from captioning.trainer import CaptionTrainer, caption_loss
+from captioning.trainer import CaptionTrainer, can_pack, caption_loss
 
 WORDS = ["red", "green", "blue", "small", "large", "dog", "cat", "tree", "car", "runs", "on", "under", "the", "a"]
 
@@ -127,6 +127,81 @@ def test_packed_loss_and_gradients_equal_the_unpacked_ones(tokenizer, tmp_path, 
         torch.testing.assert_close(
             packed_gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_projecting_the_labelled_positions_alone_changes_nothing(tokenizer, tmp_path):
+    rows = Rows(tokenizer, 4)
+    trainer = make_trainer(tokenizer, rows, tmp_path)
+    ours, our_gradients = loss_and_gradients(trainer, rows.rows)
+    batch_of_all = trainer.data_collator(rows.rows)
+    inputs = trainer._prepare_inputs(dict(batch_of_all))
+    trainer.projection.positions = None
+    trainer.model.zero_grad()
+    logits = trainer.model(**{**inputs, "labels": None}).logits
+    plain = caption_loss(logits, batch_of_all["labels"], None)
+    plain.backward()
+    assert logits.shape[:2] == batch_of_all["labels"].shape
+    assert ours == pytest.approx(plain.item(), rel=1e-6)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(our_gradients[name], parameter.grad, atol=1e-6, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"bf16": True},
+        {"activation_checkpointing": True},
+        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        {"bf16": True, "activation_checkpointing": True, "label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+    ],
+    ids=lambda settings: "+".join(settings),
+)
+def test_packed_training_equals_unpacked_training(tokenizer, tmp_path, settings):
+    """Three updates, and the loss and the captions of an evaluation after each."""
+    rows = Rows(tokenizer, 8)
+    logs = []
+    for packed in (True, False):
+        trainer = make_trainer(
+            tokenizer,
+            rows,
+            tmp_path / str(packed),
+            packed,
+            max_steps=3,
+            per_device_train_batch_size=4,
+            logging_steps=1,
+            eval_strategy="steps",
+            eval_steps=1,
+            learning_rate=1e-3,
+            **settings,
+        )
+        trainer.train()
+        logs.append(trainer.state.log_history)
+    tolerance = 5e-3 if settings.get("bf16") else 1e-4
+    for name in ("loss", "eval_loss"):
+        packed, unpacked = ([entry[name] for entry in log if name in entry] for log in logs)
+        assert len(packed) == 3
+        assert packed == pytest.approx(unpacked, rel=tolerance), name
+        assert packed[0] > packed[-1], "it should have learnt something"
+
+
+def test_a_decoder_that_cannot_pack_is_noticed(tokenizer, tmp_path, monkeypatch):
+    net = model.build("tiny", "tiny", tokenizer)
+    assert can_pack(net)
+    net.set_attn_implementation("eager")
+    assert can_pack(net)
+    # A decoder that counts its positions itself, and one whose attention takes no mask for each position
+    forward = net.decoder.forward
+    monkeypatch.setattr(net.decoder, "forward", lambda **kwargs: forward(**{**kwargs, "position_ids": None}))
+    assert not can_pack(net)
+
+    def refuses(**kwargs):
+        if kwargs.get("attention_mask") is not None and kwargs["attention_mask"].dim() != 2:
+            raise ValueError("a mask of (rows, length) is wanted")
+        return forward(**kwargs)
+
+    monkeypatch.setattr(net.decoder, "forward", refuses)
+    assert not can_pack(net)
 
 
 @pytest.mark.parametrize("packed", [True, False])
