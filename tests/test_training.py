@@ -153,7 +153,12 @@ def test_projecting_the_labelled_positions_alone_changes_nothing(tokenizer, tmp_
         {"bf16": True},
         {"activation_checkpointing": True},
         {"torch_compile": True, "torch_compile_backend": "aot_eager"},
-        {"bf16": True, "activation_checkpointing": True, "label_smoothing_factor": 0.1, "gradient_accumulation_steps": 2},
+        {
+            "bf16": True,
+            "activation_checkpointing": True,
+            "label_smoothing_factor": 0.1,
+            "gradient_accumulation_steps": 2,
+        },
     ],
     ids=lambda settings: "+".join(settings),
 )

@@ -1,6 +1,6 @@
 """Ours beside the recipe that everybody copies, on the same images, in one run.
 
-    python tests/benchmarks/bench.py                 # everything: prepare, train, infer
+    python tests/benchmarks/bench.py                 # everything: prepare, train, infer, score
     python tests/benchmarks/bench.py train --size small
     python tests/benchmarks/bench.py --images DIR    # a COCO 2014 root instead of drawn scenes
 
@@ -13,9 +13,12 @@ Each measurement runs in a process of its own, whose peak memory is the kernel's
 from __future__ import annotations
 
 import argparse
+import contextlib
+import io
 import json
 import os
 import platform
+import random
 import resource
 import subprocess
 import sys
@@ -27,12 +30,14 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-IMAGES_PER_BATCH = 8
+import score  # noqa: E402 (beside this file)
+
 CAPTION_LENGTH = 20  # tokens generated: random weights never stop by themselves
 CASES = {
     "prepare": ("standard", "ours"),
     "train": ("standard", "ours", "ours, cached"),
     "infer": ("standard", "ours"),
+    "score": ("standard", "ours"),
 }
 
 
@@ -42,6 +47,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", default="base", choices=("base", "small", "tiny"), help="of encoder and decoder")
     parser.add_argument("--images", type=Path, help="a COCO 2014 root (default: drawn scenes at 480 px)")
     parser.add_argument("--seconds", type=float, default=60, help="of measuring, for each case at least")
+    parser.add_argument("--batch", type=int, default=8, help="images per training batch, five captions each")
+    parser.add_argument("--workers", type=int, help="processes that read our training images (default: as train.py)")
+    parser.add_argument(
+        "--oracle_python", default=sys.executable, help="of an environment with pycocoevalcap and Java, for score"
+    )
     parser.add_argument("--case", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.case:
@@ -53,6 +63,9 @@ def main(argv: list[str] | None = None) -> None:
         print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, {args.size}", file=sys.stderr)
         print("| figure | ours | standard | ratio | peak memory, ours | standard |\n|---|---:|---:|---:|---:|---:|")
         for what in CASES if args.what == "all" else (args.what,):
+            if what == "score" and (reason := score.why_no_oracle(args.oracle_python)):
+                print(f"score: left out, the official code is absent ({reason})", file=sys.stderr)
+                continue
             results = {case: run_case(what, case, args) for case in CASES[what]}
             standard = results.pop("standard")
             for case, result in results.items():
@@ -68,8 +81,11 @@ def main(argv: list[str] | None = None) -> None:
 
 def run_case(what: str, case: str, args: argparse.Namespace) -> dict:
     command = [sys.executable, __file__, f"--case={what}:{case}", f"--size={args.size}", f"--images={args.images}"]
+    command += [f"--seconds={args.seconds}", f"--batch={args.batch}", f"--oracle_python={args.oracle_python}"]
+    if args.workers is not None:
+        command.append(f"--workers={args.workers}")
     done = subprocess.run(
-        [*command, f"--seconds={args.seconds}"],
+        command,
         stdout=subprocess.PIPE,
         text=True,
         check=True,
@@ -137,57 +153,78 @@ def build(args: argparse.Namespace):
     return bundle
 
 
-def rate(step: Callable[[int], int], seconds: float) -> float:
-    """Items per second of `step(number)`, which returns how many it did; the first call warms up."""
+def synchronise() -> None:
     import torch
 
-    def synchronise() -> None:
-        if torch.cuda.is_available():
-            torch.cuda.synchronize()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
 
-    step(0)
+
+def timed(step: Callable[[int], None], seconds: float) -> tuple[int, float]:
+    """Call `step(number)` for some time, at least twice; it should have been called before, to warm up.
+
+    Returns:
+        How often it was called, and for how many seconds.
+    """
     synchronise()
-    started, items, number = time.perf_counter(), 0, 0
-    while time.perf_counter() - started < seconds or number < 3:
+    started, number = time.perf_counter(), 0
+    while time.perf_counter() - started < seconds or number < 2:
         number += 1
-        items += step(number)
+        step(number)
         synchronise()
-    return items / (time.perf_counter() - started)
+    return number, time.perf_counter() - started
+
+
+def peak_rate(bfloat16: bool) -> float:
+    """TFLOP/s of a large matrix product, which no model can exceed."""
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    side = 8192 if device == "cuda" else 2048
+    a, b = torch.randn(2, side, side, device=device, dtype=torch.bfloat16 if bfloat16 else torch.float32)
+    calls, seconds = timed(lambda _: a @ b, 3)
+    return calls * 2 * side**3 / seconds / 1e12
 
 
 # ---- measurements
 
 
 def measure_prepare(case: str, args: argparse.Namespace) -> dict:
-    import dataloader
-    from captioning import coco
+    # Imported before the clock starts, for both.
+    import datasets  # noqa: F401
 
-    pools = coco.read_coco(args.images)
-    count = sum(map(len, pools.values()))
+    import dataloader  # noqa: F401
+    from captioning import coco, model  # noqa: F401
+
+    count = sum(map(len, coco.read_coco(args.images).values()))
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         if case == "ours":
-            import contextlib
-            import io
-
-            save_path = Path(folder) / "processed_data"
-            with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-                dataloader.main(
-                    [
-                        f"--coco_dir={args.images}",
-                        f"--save_path={save_path}",
-                        f"--encoder={args.size}",
-                        f"--decoder={args.size}",
-                        "--limit_data=0",
-                        "--num_proc=1",
-                    ]
-                )
+            save_path = prepare_ours(args, Path(folder))
         else:
             save_path = Path(folder) / "standard"
             count = prepare_standard(args, save_path)
         seconds = time.perf_counter() - started
         size = sum(file.stat().st_size for file in save_path.rglob("*") if file.is_file())
     return result({"images/s per core": count / seconds, "kB on disk per image": size / count / 1e3})
+
+
+def prepare_ours(args: argparse.Namespace, folder: Path) -> Path:
+    import dataloader
+
+    save_path = folder / "processed_data"
+    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+        dataloader.main(
+            [
+                f"--coco_dir={args.images}",
+                f"--save_path={save_path}",
+                f"--encoder={args.size}",
+                f"--decoder={args.size}",
+                "--limit_data=0",
+                "--num_proc=1",
+            ]
+        )
+    return save_path
 
 
 def prepare_standard(args: argparse.Namespace, save_path: Path) -> int:
@@ -213,78 +250,132 @@ def prepare_standard(args: argparse.Namespace, save_path: Path) -> int:
 
 
 def measure_train(case: str, args: argparse.Namespace) -> dict:
-    """Captions per second of forward, backward and update, the reading and resizing of images included."""
+    """Captions per second of training; ours is `CaptionTrainer` on a prepared folder, its data workers included."""
+    import train
+
+    bundle = build(args)
+    if case == "standard":
+        seen, seconds, flops = train_standard(bundle, args)
+    else:
+        seen, seconds, flops = train_ours(bundle, args, cached=case == "ours, cached")
+    bfloat16 = case != "standard" and train.device_defaults()["bf16"]
+    utilisation = flops / seconds / 1e12 / peak_rate(bfloat16)
+    return result({"captions/s": seen / seconds, "% of the matrix-product peak": 100 * utilisation})
+
+
+def train_standard(bundle, args: argparse.Namespace) -> tuple[int, float, float]:
+    """One row per caption, padded to 128 tokens, float32. Its stored pixels are given it from memory.
+
+    Returns:
+        Captions trained on, seconds, and floating-point operations.
+    """
     import numpy as np
     import torch
 
-    from captioning import batch, images
-    from captioning.trainer import caption_loss
+    from captioning import images
 
-    bundle = build(args)
     net, device = bundle.model.train(), bundle.model.device
-    pixels = batch.Pixels(bundle.image_processor)
-    chosen = list(records(args))
-    start, pad = net.config.decoder_start_token_id, bundle.tokenizer.pad_token_id
+    eos, start = bundle.tokenizer.eos_token_id, net.config.decoder_start_token_id
+    chosen = list(records(args))[:64]
+    stored = {
+        record.image_id: bundle.image_processor(images.open_image(record.path), return_tensors="np").pixel_values[0]
+        for record in chosen
+    }
+    rows = [(record.image_id, caption) for record in chosen for caption in record.captions[:5]]
+    size = 5 * args.batch
+    optimiser = torch.optim.AdamW(net.parameters(), lr=1e-4)
 
-    def rows(number: int) -> list[dict]:
-        first = number * IMAGES_PER_BATCH
-        return [make_row(chosen[(first + i) % len(chosen)]) for i in range(IMAGES_PER_BATCH)]
-
-    def make_row(record):
-        labels, _ = batch.encode_captions(bundle.tokenizer, record.captions[:5], 64)
-        return {"image_id": record.image_id, "pixels": decoded(record), "labels": labels}
-
-    stored: dict[int, np.ndarray] = {}  # both recipes resize once, before training
-
-    def decoded(record):
-        if record.image_id not in stored:
-            stored[record.image_id] = pixels(images.open_image(record.path, min_side=256))
-        return stored[record.image_id]
-
-    trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-    if case == "ours, cached":
-        net.encoder.requires_grad_(False).eval()
-        trained = [parameter for parameter in net.parameters() if parameter.requires_grad]
-        features = {}
-        with torch.inference_mode():
-            for number in range(4):  # batches; the same four are trained on again and again, as epochs do
-                x = pixels.normalise(torch.from_numpy(np.stack([row["pixels"] for row in rows(number)])).to(device))
-                features[number] = net.encoder(pixel_values=x).last_hidden_state.to(torch.float16).clone()
-    optimiser = torch.optim.AdamW(trained, lr=1e-4, fused=True)
-    collate = batch.Collator(start, pad, packed=case != "standard")
-    half = torch.autocast(device.type, torch.bfloat16, enabled=case != "standard")
-
-    def step(number: int) -> int:
-        if case == "ours, cached":
-            number %= 4
-        data = {name: tensor.to(device) for name, tensor in collate(rows(number)).items()}
-        if case == "standard":
-            # Padded to 128, as the tokenizer does when it is told padding="max_length".
-            width = 128 - data["labels"].shape[1]
-            inputs = {
-                "pixel_values": pixels.normalise(data["pixel_values"]),
-                "decoder_input_ids": torch.nn.functional.pad(data["decoder_input_ids"], (0, width), value=pad),
-            }
-            labels = torch.nn.functional.pad(data["labels"], (0, width), value=-100)
-        else:
-            labels = data["labels"]
-            inputs = {
-                "decoder_input_ids": data["decoder_input_ids"],
-                "decoder_position_ids": data["decoder_position_ids"],
-                "decoder_attention_mask": batch.packed_attention_mask(data["segment_ids"]),
-            }
-            if case == "ours, cached":
-                inputs["encoder_outputs"] = (features[number].float(),)
-            else:
-                inputs["pixel_values"] = pixels.normalise(data["pixel_values"])
-        with half:
-            logits = net(**inputs, use_cache=False).logits
-        caption_loss(logits, labels, None).backward()
+    def step(number: int) -> None:
+        some = [rows[(number * size + i) % len(rows)] for i in range(size)]
+        pixel_values = torch.from_numpy(np.stack([stored[image_id] for image_id, _ in some])).to(device)
+        texts = [caption + bundle.tokenizer.eos_token for _, caption in some]
+        encoded = bundle.tokenizer(texts, padding="max_length", max_length=128, return_tensors="pt").to(device)
+        ends = encoded.input_ids == eos
+        labels = encoded.input_ids.masked_fill(ends & (ends.cumsum(1) > 1), -100)
+        inputs = torch.cat([torch.full_like(labels[:, :1], start), encoded.input_ids[:, :-1]], 1)
+        logits = net(pixel_values=pixel_values, decoder_input_ids=inputs, use_cache=False).logits
+        torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten()).backward()
         optimiser.step()
         optimiser.zero_grad()
-        return 5 * IMAGES_PER_BATCH
 
-    return result({"captions/s": rate(step, args.seconds)})
+    flops = operations(lambda: step(0))
+    steps, seconds = timed(step, args.seconds)
+    return steps * size, seconds, steps * flops
+
+
+def train_ours(bundle, args: argparse.Namespace, cached: bool) -> tuple[int, float, float]:
+    import torch
+    from transformers import Seq2SeqTrainingArguments, TrainerCallback
+
+    import train
+    from captioning import batch, features
+    from captioning.trainer import CaptionTrainer
+
+    with tempfile.TemporaryDirectory() as folder:
+        splits, _ = batch.load_prepared(prepare_ours(args, Path(folder)))
+        rows = batch.CaptionDataset(splits["train"], batch.Pixels(bundle.image_processor))
+        settings = {
+            **train.DEFAULTS,
+            **train.device_defaults(),
+            "eval_strategy": "no",
+            "save_strategy": "no",
+            "load_best_model_at_end": False,
+            "per_device_train_batch_size": args.batch,
+            "output_dir": folder,
+            "disable_tqdm": True,
+            "max_steps": 1_000_000,
+        }
+        if args.workers is not None:
+            settings.update(dataloader_num_workers=args.workers, dataloader_persistent_workers=args.workers > 0)
+        if cached:
+            bundle.model.encoder.requires_grad_(False)
+            rows.features = features.cached_features(bundle, rows, Path(folder), "train", 16, lambda _: None)
+        start, pad = bundle.model.config.decoder_start_token_id, bundle.tokenizer.pad_token_id
+        trainer = CaptionTrainer(
+            bundle,
+            {},
+            {},
+            args=Seq2SeqTrainingArguments(**settings),
+            data_collator=batch.Collator(start, pad),
+            train_dataset=rows,
+        )
+        measured = {}
+
+        class Stopwatch(TrainerCallback):
+            """Starts after three updates, and stops the training when time is up."""
+
+            def on_step_end(self, args_, state, control, **kwargs):
+                synchronise()
+                now = time.perf_counter()
+                if state.global_step == 3:
+                    measured.update(begun=now, captions=int(trainer.captions), waited=trainer.waited)
+                    trainer.images = 0
+                elif state.global_step > 5 and now - measured["begun"] > args.seconds:
+                    measured["seconds"] = now - measured["begun"]
+                    control.should_training_stop = True
+
+        trainer.add_callback(Stopwatch)
+        trainer.train()
+        captions, seconds = int(trainer.captions) - measured["captions"], measured["seconds"]
+        waiting = (trainer.waited - measured["waited"]) / seconds
+        print(f"{'cached features' if cached else 'training'}: {waiting:.1%} of the time waiting", file=sys.stderr)
+
+        some = trainer.data_collator([rows[i] for i in range(args.batch)])
+        some = trainer._prepare_inputs(some)
+        some_captions = int((some["labels"] == bundle.tokenizer.eos_token_id).sum())
+        bundle.model.train()
+        with torch.autocast(bundle.model.device.type, torch.bfloat16, enabled=settings["bf16"]):
+            flops = operations(lambda: trainer.compute_loss(bundle.model, some).backward())
+        return captions, seconds, flops * captions / some_captions
+
+
+def operations(call: Callable[[], None]) -> float:
+    """Floating-point operations of `call`, those of matrix products, a multiply-add counting as two."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with FlopCounterMode(display=False) as counter:
+        call()
+    return counter.get_total_flops()
 
 
 def measure_infer(case: str, args: argparse.Namespace) -> dict:
@@ -301,7 +392,7 @@ def measure_infer(case: str, args: argparse.Namespace) -> dict:
     settings = {"num_beams": 4, "max_new_tokens": CAPTION_LENGTH, "min_new_tokens": CAPTION_LENGTH}
     size = 1 if case == "standard" else 16
 
-    def step(number: int) -> int:
+    def step(number: int) -> None:
         some = [paths[(number * size + i) % len(paths)] for i in range(size)]
         if case == "standard":
             x = bundle.image_processor(images.open_image(some[0]), return_tensors="pt").pixel_values
@@ -309,13 +400,24 @@ def measure_infer(case: str, args: argparse.Namespace) -> dict:
         else:
             stacked = np.stack([pixels(images.open_image(path, min_side=256)) for path in some])
             model.generate(bundle, pixels.normalise(torch.from_numpy(stacked).to(bundle.model.device)), **settings)
-        return size
 
     with torch.inference_mode():
-        return result({"images/s": rate(step, args.seconds)})
+        step(0)
+        steps, seconds = timed(step, args.seconds)
+    return result({"images/s": size * steps / seconds})
 
 
-MEASURES = {"prepare": measure_prepare, "train": measure_train, "infer": measure_infer}
+def measure_score(case: str, args: argparse.Namespace) -> dict:
+    """Seconds to score 5,000 captions against five references each, the official code being the standard."""
+    draw = random.Random(0)
+    pool = [record.captions for record in records(args)]
+    references = [draw.choice(pool)[:5] for _ in range(5000)]
+    job = {"predictions": [draw.choice(captions) for captions in references], "references": references}
+    done = score.score(job) if case == "ours" else score.oracle.run([job], args.oracle_python)[0]
+    return result({"captions/s": len(references) / done["seconds"]})
+
+
+MEASURES = {"prepare": measure_prepare, "train": measure_train, "infer": measure_infer, "score": measure_score}
 
 if __name__ == "__main__":
     main()
