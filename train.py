@@ -16,6 +16,7 @@ import ast
 import difflib
 import importlib.util
 import json
+import math
 import os
 import platform
 import sys
@@ -74,7 +75,23 @@ def build_parser() -> argparse.ArgumentParser:
     parts = parser.add_argument_group("model")
     parts.add_argument("--encoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)")
     parts.add_argument("--decoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)")
-    parts.add_argument("--freeze_encoder", action="store_true", help="train the decoder and its cross-attention only")
+    parts.add_argument("--model_path", metavar="DIR", help="start from the captioner in this run folder")
+    parts.add_argument(
+        "--freeze_encoder",
+        nargs="?",
+        type=float,
+        const=math.inf,
+        default=0,
+        metavar="EPOCHS",
+        help="keep the encoder as it is, or do so for the first EPOCHS",
+    )
+    parts.add_argument(
+        "--cross_attention_epochs",
+        type=float,
+        default=0,
+        metavar="N",
+        help="in the first N epochs train the cross-attention only (default: 0)",
+    )
     parts.add_argument(
         "--cache_features",
         action="store_true",
@@ -86,10 +103,23 @@ def build_parser() -> argparse.ArgumentParser:
         rates.add_argument(f"--{part}_lr", type=float, metavar="RATE", help=help_text)
     rest = parser.add_argument_group("other")
     rest.add_argument(
+        "--self_critical_epochs",
+        type=float,
+        default=0,
+        metavar="N",
+        help="the last N epochs maximise CIDEr-D on sampled captions (self-critical sequence training; default: 0)",
+    )
+    rest.add_argument(
         "--packing",
         action=argparse.BooleanOptionalAction,
         default=True,
         help="all captions of an image in one decoder sequence: the same loss, several times faster (default: on)",
+    )
+    rest.add_argument(
+        "--patience",
+        type=int,
+        metavar="N",
+        help="stop when N evaluations in a row were not better than the best one (default: train to the end)",
     )
     rest.add_argument("--help_all", action="store_true", help="show every flag of Seq2SeqTrainingArguments as well")
     rest.add_argument("--debug", action="store_true", help=cli.DEBUG_HELP)
@@ -159,11 +189,18 @@ def parse_arguments(argv: list[str] | None):
     args, rest = parser.parse_known_args(argv)
     if not args.help_all:
         check_rest(parser, rest)
-        if args.cache_features and not args.freeze_encoder:
+        if args.cache_features and args.freeze_encoder != math.inf:
             parser.error("--cache_features needs --freeze_encoder: features of a moving encoder cannot be kept")
+        for flag in ("freeze_encoder", "cross_attention_epochs", "self_critical_epochs"):
+            if getattr(args, flag) < 0:
+                parser.error(f"--{flag} {getattr(args, flag):g} is below 0")
+        if args.self_critical_epochs and not args.packing:
+            parser.error("--self_critical_epochs needs packing: leave --no-packing out")
         given = {word.split("=")[0] for word in rest}
         if args.epochs is not None and given & {"--num_train_epochs", "--max_steps"}:
             parser.error("--epochs and --num_train_epochs or --max_steps say two things; give one of them")
+        if args.patience is not None and args.patience < 1:
+            parser.error(f"--patience {args.patience} is below 1")
         if args.epochs is not None and args.epochs <= 0:
             parser.error(f"--epochs {args.epochs:g} is not above 0")
         if args.output_dir.exists() and not args.output_dir.is_dir():
@@ -317,11 +354,12 @@ def main(argv: list[str] | None = None) -> int:
     args, training = parse_arguments(argv)
 
     from datasets.utils.logging import disable_progress_bar
-    from transformers import set_seed
+    from transformers import EarlyStoppingCallback, set_seed
 
     from captioning import batch, model
     from captioning.features import cached_features
-    from captioning.trainer import CaptionTrainer, can_pack
+    from captioning.metrics import CiderReward
+    from captioning.trainer import CaptionTrainer, SelfCritical, can_pack
 
     say = cli.note if training.process_index == 0 else lambda _: None
 
@@ -349,9 +387,13 @@ def main(argv: list[str] | None = None) -> int:
 
     # Model
     set_seed(training.seed)
-    net = model.build(args.encoder, args.decoder, tokenizer)
-    new = model.new_parameters(net, args.encoder, args.decoder)
-    if args.freeze_encoder:
+    if args.model_path:
+        net, new = model.load(args.model_path).model, set()
+    else:
+        net = model.build(args.encoder, args.decoder, tokenizer)
+        new = model.new_parameters(net, args.encoder, args.decoder)
+    frozen = args.freeze_encoder >= training.num_train_epochs
+    if frozen:
         net.encoder.requires_grad_(False)
     positions = net.decoder.config.max_position_embeddings
     longest = max(len(labels) for rows in splits.values() for captions in rows["labels"] for labels in captions)
@@ -370,7 +412,7 @@ def main(argv: list[str] | None = None) -> int:
     rates = learning_rates(args, training, net, new)
     every, trained = model.count_parameters(net)
     say(f"model: {args.encoder} -> {args.decoder}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
-    used = {part: rate for part, rate in rates.items() if not (part == "encoder" and args.freeze_encoder)}
+    used = {part: rate for part, rate in rates.items() if not (part == "encoder" and frozen)}
     say("learning rates: " + ", ".join(f"{part} {rate:g}" for part, rate in used.items()))
 
     if args.cache_features:
@@ -396,16 +438,25 @@ def main(argv: list[str] | None = None) -> int:
     if args.packing and training.train_sampling_strategy == "group_by_length":
         sampler = batch.LengthSampler(datasets["train"].lengths(), training.train_batch_size, training.seed)
         say(f"padding: {sampler.padding():.1%} of the decoder's positions, sorting within {sampler.window} batches")
+    self_critical = None
+    if args.self_critical_epochs:
+        train_rows = splits["train"]
+        captions = dict(zip(train_rows["image_id"], train_rows["captions"], strict=True))
+        self_critical = SelfCritical(args.self_critical_epochs, CiderReward(captions))
     start = net.config.decoder_start_token_id
     trainer = CaptionTrainer(
         bundle,
         references,
         rates,
+        {"encoder": max(args.freeze_encoder, args.cross_attention_epochs), "decoder": args.cross_attention_epochs},
+        self_critical,
         args=training,
         data_collator=batch.Collator(start, tokenizer.pad_token_id, args.packing),
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"],
     )
+    if args.patience:
+        trainer.add_callback(EarlyStoppingCallback(args.patience))
     checkpoint = find_checkpoint(args)
     if args.resume_from_checkpoint:
         say(

@@ -119,14 +119,21 @@ class Collator:
         """
         kind = "features" if "features" in rows[0] else "pixels"
         images = torch.from_numpy(np.stack([row[kind] for row in rows]))
-        image_of_caption = [index for index, row in enumerate(rows) for _ in row["labels"]]
+        batch = self.targets([row["labels"] for row in rows])
+        if not self.packed:
+            images = images[batch["image_of_row"]]
+        batch["image_id"] = torch.tensor([row["image_id"] for row in rows])
+        batch["features" if kind == "features" else "pixel_values"] = images
+        return batch
+
+    def targets(self, captions: Sequence[Sequence[Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """What `__call__` returns, without the images, of every image's captions."""
         if self.packed:
-            groups = [row["labels"] for row in rows]
-            image_of_row = torch.arange(len(rows))
+            groups = captions
+            image_of_row = torch.arange(len(captions))
         else:
-            groups = [[caption] for row in rows for caption in row["labels"]]
-            image_of_row = torch.tensor(image_of_caption)
-            images = images[image_of_row]
+            groups = [[caption] for of_image in captions for caption in of_image]
+            image_of_row = torch.tensor([index for index, of_image in enumerate(captions) for _ in of_image])
 
         shape = (len(groups), max(sum(map(len, group)) for group in groups))
         inputs = np.full(shape, self.pad_token_id)
@@ -142,9 +149,7 @@ class Collator:
                 positions[row, start:end] = np.arange(len(caption))
                 segments[row, start:end] = segment
         batch = {
-            "image_id": torch.tensor([row["image_id"] for row in rows]),
             "image_of_row": image_of_row,
-            "features" if kind == "features" else "pixel_values": images,
             "decoder_input_ids": torch.from_numpy(inputs),
             "labels": torch.from_numpy(labels),
             "label_positions": torch.from_numpy(np.flatnonzero(labels != IGNORED)),

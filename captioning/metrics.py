@@ -11,6 +11,7 @@ of the `rouge_score` package. Plain Python; importing this module is cheap (no t
 import math
 import re
 from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import count, pairwise
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ PROTOCOL = (
     "COCO caption evaluation (PTB tokenisation, punctuation removed); ROUGE-1, ROUGE-2 and ROUGE-Lsum as in "
     "rouge_score, best over the references"
 )
+END = " </s>"  # no word of any caption: the tokenizer would have split it
 ROUGE_KEYS = ("rouge_1", "rouge_2", "rouge_lsum")
 
 
@@ -133,15 +135,19 @@ class _Counted(NamedTuple):
     counts: list[dict[int, int]]  # {1-gram: how often}, ..., {4-gram: how often}
 
 
-def _count_ngrams(captions: list[str]) -> list[_Counted]:
+def _count_ngrams(captions: list[str], number: defaultdict[str, int] | None = None, bits: int = 0) -> list[_Counted]:
     """Count the n-grams, n = 1..4, of tokenised captions.
 
     Words are numbered from 1, and an n-gram is the integer that has its words' numbers as digits: unlike a
     tuple of strings it is quick to make and to hash, and no work for the garbage collector.
+
+    Args:
+        number: what earlier calls numbered, where n-grams of several calls are to be compared ...
+        bits: ... and the size of a digit in them.
     """
-    number = defaultdict(count(1).__next__)
+    number = defaultdict(count(1).__next__) if number is None else number
     rows = [[number[word] for word in caption.split()] for caption in captions]
-    bits = len(number).bit_length()
+    bits = bits or len(number).bit_length()
     counted = []
     for words in rows:
         grams, counts = words, [_count(words)]
@@ -236,18 +242,36 @@ def _lcs(positions: dict[str, int], length: int, other: list[str]) -> int:
     return length - row.bit_count()
 
 
-def _cider_d(hypotheses: list[_Counted], targets: list[list[_Counted]], sigma: float = 6.0) -> list[float]:
+def _squared_idf(targets: Iterable[list[_Counted]]) -> tuple[float, dict[int, float]]:
+    """Squared inverse document frequencies, a document being all references of one image.
+
+    Returns:
+        That of the n-grams of one image, which are most, and of those of none; and {n-gram: that of the others}.
+    """
+    document_frequency, images = Counter(), 0
+    for references in targets:
+        document_frequency.update(set().union(*[grams for ref in references for grams in ref.counts]))
+        images += 1
+    log_images = math.log(max(1, images))
+    return log_images**2, {g: (log_images - math.log(df)) ** 2 for g, df in document_frequency.items() if df > 1}
+
+
+def _cider_d(
+    hypotheses: list[_Counted],
+    targets: list[list[_Counted]],
+    idf: tuple[float, dict[int, float]] | None = None,
+    sigma: float = 6.0,
+) -> list[float]:
     """CIDEr-D of each image: mean over n and references of a clipped tf-idf cosine, times 10.
 
     Two official details are easy to lose: the length in the Gaussian penalty is the number of *bigrams*,
     and an n-gram that no reference has gets the idf of one that occurs in a single image.
+
+    Args:
+        idf: of `_squared_idf`; by default that of `targets`, as in the official code.
     """
-    document_frequency = Counter()
-    for references in targets:
-        document_frequency.update(set().union(*[grams for ref in references for grams in ref.counts]))
-    log_images = math.log(max(1, len(targets)))
-    once = log_images**2  # squared idf of the n-grams of one image, which are most, and of those of none
-    squared_idf = {g: (log_images - math.log(df)) ** 2 for g, df in document_frequency.items() if df > 1}.get
+    once, table = idf or _squared_idf(targets)
+    squared_idf = table.get
 
     def norm(grams: dict[int, int]) -> float:
         return math.sqrt(sum([times * times * squared_idf(gram, once) for gram, times in grams.items()]))
@@ -270,6 +294,43 @@ def _cider_d(hypotheses: list[_Counted], targets: list[list[_Counted]], sigma: f
             score += similarity * math.exp(-(delta**2) / (2 * sigma**2))
         scores.append(10 * score / 4 / len(references))
     return scores
+
+
+class CiderReward:
+    """CIDEr-D of sampled captions, the document frequencies being those of the training captions.
+
+    Every caption, sampled or written by a person, is given an end mark as its last word, so that one that stops in
+    mid-sentence ("a man with a") earns less than one that ends as people end (https://arxiv.org/abs/2003.09971
+    discusses the baseline that goes with it; the bad endings are well known).
+
+    Args:
+        references: {image id: its captions}, of the images to be trained on.
+    """
+
+    BITS = 24  # of a word's number: more words than any data set has
+
+    def __init__(self, references: Mapping[int, Sequence[str]]):
+        self._number = defaultdict(count(1).__next__)
+        tokenized = iter(tokenize([caption for captions in references.values() for caption in captions]))
+        self._references = {i: [next(tokenized) + END for _ in captions] for i, captions in references.items()}
+        self._idf = _squared_idf(map(self._count, self._references.values()))
+
+    def __call__(self, image_ids: Sequence[int], captions: Sequence[str], ended: Sequence[bool]) -> list[float]:
+        """
+        Args:
+            image_ids: which image each caption describes.
+            captions: what is to be rewarded, one or several for an image.
+            ended: whether the caption came to an end by itself.
+
+        Returns:
+            CIDEr-D of each caption, 0 to 10.
+        """
+        texts = [text + END * end for text, end in zip(tokenize(captions), ended, strict=True)]
+        targets = {i: self._count(self._references[i]) for i in set(image_ids)}
+        return _cider_d(self._count(texts), [targets[i] for i in image_ids], self._idf)
+
+    def _count(self, captions: list[str]) -> list[_Counted]:
+        return _count_ngrams(captions, self._number, self.BITS)
 
 
 def _rouge_score(prediction: str, references: list[str]) -> tuple[float, float, float]:

@@ -6,6 +6,7 @@ import math
 import sys
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioning import InputError
 from captioning.batch import IGNORED, LengthSampler, Pixels, packed_attention_mask
-from captioning.metrics import coco_scores
+from captioning.metrics import CiderReward, coco_scores
 from captioning.model import Bundle, decode, is_cross_attention
 
 PARTS = ("cross_attention", "decoder", "encoder")
@@ -90,6 +91,21 @@ def can_pack(model: VisionEncoderDecoderModel) -> bool:
     return torch.allclose(packed, alone.repeat(1, 2, 1), atol=1e-3)
 
 
+@dataclass
+class SelfCritical:
+    """Self-critical sequence training: the last epochs raise the score itself, not the likelihood of people's words.
+
+    The model samples captions of each training image; those that score above the mean of the image's others become
+    likelier, the rest less likely (https://arxiv.org/abs/1612.00563, with the baseline of
+    https://arxiv.org/abs/2003.09971). Samples are packed as people's captions are.
+    """
+
+    epochs: float  # at the end of training
+    reward: CiderReward
+    samples: int = 5  # captions per image
+    max_new_tokens: int = 30
+
+
 class LabelledProjection:
     """Lets a decoder's vocabulary projection see only the positions that have a label, as one row of them.
 
@@ -116,6 +132,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         bundle: the model with its tokenizer and image processor.
         references: every evaluated image's captions, by image id.
         learning_rates: one for each of PARTS; `args.learning_rate` where a part has none.
+        waiting: epochs at the start of training in which a part keeps its weights while the others move.
+        self_critical: for the last epochs of training, see `SelfCritical`.
         kwargs: those of `Seq2SeqTrainer`.
     """
 
@@ -124,6 +142,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         bundle: Bundle,
         references: Mapping[int, list[str]],
         learning_rates: Mapping[str, float],
+        waiting: Mapping[str, float] | None = None,
+        self_critical: SelfCritical | None = None,
         **kwargs,
     ):
         args = kwargs["args"]
@@ -138,10 +158,14 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.model_accepts_loss_kwargs = False
         self.bundle = bundle
         self.references = references
+        self.waiting = dict(waiting or {})
+        self.self_critical = self_critical
+        self.advantages: torch.Tensor | None = None  # of each labelled token, where labels are sampled captions
         self.learning_rates = {part: learning_rates.get(part, args.learning_rate) for part in PARTS}
         self.pixels = Pixels(bundle.image_processor)
         self.projection = LabelledProjection(bundle.model.get_output_embeddings())
         self.predictions: dict[int, str] = {}  # of the last evaluation
+        self.rewards: list[float] = []  # of each self-critical update's samples, since the last log
         # What training did so far: in this process, since it was started
         self.images = self.captions = 0
         self.waited = self.evaluated = 0.0  # seconds spent waiting for data, and on evaluations
@@ -154,6 +178,8 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device and turn it into what the model's forward takes."""
         inputs = super()._prepare_inputs(inputs)
+        if self.model.training and self._is_self_critical():
+            inputs = self._sampled(inputs)
         inputs.pop("image_id", None)
         inputs.pop("image_of_row", None)
         self.projection.positions = inputs.pop("label_positions")
@@ -183,9 +209,58 @@ class CaptionTrainer(Seq2SeqTrainer):
             self.bundle.model.encoder.eval()
         return super().compute_loss(model, inputs, *args, **kwargs)
 
+    def _is_self_critical(self) -> bool:
+        if self.self_critical is None:
+            return False
+        return self.state.global_step >= self.state.max_steps - self.self_critical.epochs * self._updates_per_epoch()
+
+    def _updates_per_epoch(self) -> int:
+        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
+        return math.ceil(len(self.train_dataset) / together)
+
+    def _sampled(self, inputs: dict[str, Any]) -> dict[str, Any]:
+        """The batch with captions that the model itself makes up in the place of people's."""
+        settings, eos = self.self_critical, self.bundle.tokenizer.eos_token_id
+        self.model.eval()
+        with torch.no_grad():
+            if "features" in inputs:
+                features = inputs["features"].float()
+            else:
+                features = self.bundle.model.encoder(self.pixels.normalise(inputs["pixel_values"])).last_hidden_state
+            tokens = self.bundle.model.generate(
+                encoder_outputs=BaseModelOutput(features),
+                do_sample=True,
+                top_k=0,
+                num_beams=1,
+                num_return_sequences=settings.samples,
+                max_new_tokens=settings.max_new_tokens,
+            )[:, 1:].tolist()
+        self.model.train()
+        captions = [row[: row.index(eos) + 1] if eos in row else row for row in tokens]
+        ids = inputs["image_id"].repeat_interleave(settings.samples).tolist()
+        rewards = settings.reward(
+            ids, decode(self.bundle.tokenizer, captions), [caption[-1] == eos for caption in captions]
+        )
+        rewards = torch.tensor(rewards).view(-1, settings.samples)
+        # What the image's other samples earn is what this one is measured against (leave-one-out).
+        others = (rewards.sum(1, keepdim=True) - rewards) / (settings.samples - 1)
+        self.rewards.append(rewards.mean().item())
+        advantages = (rewards - others).flatten().tolist()
+        self.advantages = torch.tensor(
+            [a for a, caption in zip(advantages, captions, strict=True) for _ in caption], device=self.args.device
+        )
+        grouped = [captions[i : i + settings.samples] for i in range(0, len(captions), settings.samples)]
+        sampled = {k: v.to(self.args.device) for k, v in self.data_collator.targets(grouped).items()}
+        return {**inputs, **sampled}
+
     def _loss(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:
         labels = labels.flatten()[self.projection.positions]
         self.projection.positions = None
+        if self.advantages is not None:
+            likelihood = -functional.cross_entropy(outputs.logits[0].float(), labels, reduction="none")
+            loss = -(self.advantages * likelihood).sum() / num_items_in_batch
+            self.advantages = None
+            return loss
         return caption_loss(outputs.logits[0], labels, num_items_in_batch, self.args.label_smoothing_factor)
 
     def _get_train_sampler(self, train_dataset=None):
@@ -212,9 +287,23 @@ class CaptionTrainer(Seq2SeqTrainer):
             for group in optimizer.param_groups:
                 parameters = [parameter for parameter in group["params"] if parts[id(parameter)] == part]
                 if parameters:
-                    groups.append({**group, "params": parameters, "lr": self.learning_rates[part]})
+                    groups.append({**group, "params": parameters, "lr": self.learning_rates[part], "part": part})
         optimizer.param_groups = groups
         return optimizer
+
+    def create_scheduler(self, num_training_steps, optimizer=None):
+        """The Trainer's schedule; a part that waits has a rate of 0 until its time has come.
+
+        The rate, and not `requires_grad`: processes that train together must agree on the gradients to be exchanged.
+        """
+        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        for index, group in enumerate(scheduler.optimizer.param_groups):
+            begin = self.waiting.get(group["part"], 0) * self._updates_per_epoch()
+            if 0 < begin < num_training_steps:
+                follow = scheduler.lr_lambdas[index]
+                scheduler.lr_lambdas[index] = lambda step, begin=begin, follow=follow: follow(step) * (step >= begin)
+                group["lr"] = 0.0
+        return scheduler
 
     # ---- checkpoints
 

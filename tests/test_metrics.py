@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning import InputError
+from captioning import InputError, metrics
 from captioning.metrics import COCO_KEYS, ROUGE_KEYS, coco_scores
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "golden"))
@@ -194,3 +194,31 @@ def test_importing_is_cheap():
     code = f"import sys, captioning.metrics; print({slow} & {{*sys.modules}})"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout == "set()\n"
+
+
+def test_the_reward_is_cider_d_with_the_document_frequencies_of_all_training_images(monkeypatch):
+    references = {
+        1: ["A dog runs.", "The brown dog is running fast."],
+        2: ["Two cats sleep on a red sofa.", "Cats on a sofa."],
+        3: ["A man rides a horse.", "A man on a brown horse."],
+    }
+    candidates = {1: "a dog is running", 2: "two cats on a sofa", 3: "a brown horse"}
+    monkeypatch.setattr(metrics, "END", "")
+    reward = metrics.CiderReward(references)
+    _, official = metrics.coco_scores(candidates, references, per_image=True)
+    together = reward(list(candidates), list(candidates.values()), [True] * 3)
+    assert together == pytest.approx([official[i]["cider_d"] for i in candidates], abs=1e-12)
+    # Several captions of one image, in any order, each scored by itself.
+    assert reward([3, 1, 3], ["a brown horse", "a dog is running", "zebra"], [True] * 3) == pytest.approx(
+        [together[2], together[0], 0.0]
+    )
+
+
+def test_a_caption_that_stops_in_mid_sentence_earns_less():
+    references = {1: ["a man with a hat"], 2: ["a dog on a sofa"], 3: ["a cat"]}
+    reward = metrics.CiderReward(references)
+    whole, cut, unfinished = reward(
+        [1] * 3, ["a man with a hat", "a man with a", "a man with a hat"], [True, True, False]
+    )
+    assert whole > max(cut, unfinished)
+    assert whole == pytest.approx(10)

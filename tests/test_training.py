@@ -17,11 +17,12 @@ from conftest import ROOT, script
 from datasets import load_from_disk
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import Seq2SeqTrainingArguments, set_seed
+from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
 
 import train
 from captioning import InputError, batch, model
-from captioning.trainer import CaptionTrainer, can_pack, caption_loss
+from captioning.metrics import CiderReward
+from captioning.trainer import CaptionTrainer, SelfCritical, can_pack, caption_loss, part_of
 
 WORDS = ["red", "green", "blue", "small", "large", "dog", "cat", "tree", "car", "runs", "on", "under", "the", "a"]
 
@@ -57,7 +58,7 @@ def tokenizer():
     return model.train_tokenizer([" ".join(WORDS)] * 3, 400)
 
 
-def make_trainer(tokenizer, rows, folder, packed=True, dropout=0.0, **settings):
+def make_trainer(tokenizer, rows, folder, packed=True, dropout=0.0, waiting=None, self_critical=None, **settings):
     set_seed(0)
     net = model.build("tiny", "tiny", tokenizer)
     for module in net.modules():
@@ -79,6 +80,8 @@ def make_trainer(tokenizer, rows, folder, packed=True, dropout=0.0, **settings):
         bundle,
         rows.captions,
         {},
+        waiting,
+        self_critical,
         args=Seq2SeqTrainingArguments(**{**defaults, **settings}),
         data_collator=collator,
         train_dataset=rows,
@@ -266,6 +269,89 @@ def test_evaluation_counts_each_image_once_and_each_token_once(tokenizer, tmp_pa
     assert losses == pytest.approx([losses[0]] * 3, rel=1e-5)
     loss, _ = loss_and_gradients(trainer, rows.rows)
     assert losses[0] == pytest.approx(loss, rel=1e-5)
+
+
+def test_a_part_that_waits_keeps_its_weights_until_its_time(tokenizer, tmp_path):
+    rows = Rows(tokenizer, 8)
+    moved = []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, model=None, **kwargs):
+            self.before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            changed = {part_of(n) for n, weight in model.named_parameters() if not torch.equal(weight, self.before[n])}
+            moved.append(changed)
+
+    trainer = make_trainer(
+        tokenizer,
+        rows,
+        tmp_path,
+        waiting={"encoder": 2, "decoder": 1},
+        num_train_epochs=3,
+        per_device_train_batch_size=4,
+        learning_rate=1e-3,
+        lr_scheduler_type="cosine",
+    )
+    trainer.add_callback(Watch())
+    trainer.train()
+    everything = {"cross_attention", "decoder", "encoder"}
+    assert moved == [{"cross_attention"}] * 2 + [{"cross_attention", "decoder"}] * 2 + [everything] * 2
+
+
+def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp_path):
+    rows = Rows(tokenizer, 3)
+    given = []
+
+    def reward(ids, captions, ended):
+        given.append((ids, captions, ended))
+        return [float(len(caption) % 7) for caption in captions]
+
+    trainer = make_trainer(tokenizer, rows, tmp_path, self_critical=SelfCritical(1, reward, samples=4))
+    trainer.state.max_steps = 1
+    drawn = []
+    generate = trainer.model.generate
+    trainer.model.generate = lambda *args, **kwargs: drawn.append(generate(*args, **kwargs)) or drawn[-1]
+    loss, gradients = loss_and_gradients(trainer, rows.rows, num_items=100)
+
+    (ids, captions, _), (tokens,) = given[0], drawn
+    assert ids == [row["image_id"] for row in rows.rows for _ in range(4)]
+    rewards = [len(caption) % 7 for caption in captions]
+    pixels = trainer.pixels.normalise(torch.stack([torch.from_numpy(row["pixels"]) for row in rows.rows]))
+    trainer.model.zero_grad()
+    total = 0.0
+    for index, row in enumerate(tokens.tolist()):
+        first = index - index % 4
+        advantage = rewards[index] - (sum(rewards[first : first + 4]) - rewards[index]) / 3
+        words = row[1:]
+        words = words[: words.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in words else words
+        logits = trainer.model(
+            pixel_values=pixels[[index // 4]], decoder_input_ids=torch.tensor([[row[0], *words[:-1]]]), use_cache=False
+        ).logits[0]
+        likelihood = torch.log_softmax(logits, -1)[range(len(words)), words].sum()
+        total = total - advantage * likelihood / 100
+    total.backward()
+    assert loss == pytest.approx(total.item(), rel=1e-4)
+    for name, parameter in trainer.model.named_parameters():
+        if parameter.grad is not None:
+            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-3)
+
+
+def test_self_critical_training_raises_the_reward(tokenizer, tmp_path):
+    rows = Rows(tokenizer, 16)
+    wanted = CiderReward(rows.captions)
+    trainer = make_trainer(
+        tokenizer,
+        rows,
+        tmp_path,
+        self_critical=SelfCritical(20, wanted),
+        num_train_epochs=30,
+        per_device_train_batch_size=16,
+        learning_rate=3e-3,
+    )
+    trainer.train()
+    assert len(trainer.rewards) == 20
+    assert sum(trainer.rewards[-3:]) > 1.2 * sum(trainer.rewards[:3]) > 0
 
 
 def test_each_part_has_its_learning_rate_and_keeps_it_along_the_schedule(tokenizer, tmp_path):
