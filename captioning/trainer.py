@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import Seq2SeqTrainer, VisionEncoderDecoderModel
+from transformers import DynamicCache, EncoderDecoderCache, Seq2SeqTrainer, VisionEncoderDecoderModel
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -104,6 +104,48 @@ class SelfCritical:
     reward: CiderReward
     samples: int = 5  # captions per image
     max_new_tokens: int = 30
+
+
+@torch.no_grad()
+def sample_captions(
+    model: VisionEncoderDecoderModel, features: torch.Tensor, count: int, max_new_tokens: int
+) -> list[list[list[int]]]:
+    """Draw captions from the model's own distribution, those of an image side by side in one decoder row.
+
+    As in training, packing spares the cross-attention from projecting an image's keys and values once per caption.
+
+    Args:
+        features: the encoder's output, (images, tokens, hidden size).
+        count: captions of each image.
+
+    Returns:
+        Token ids, for each image `count` captions; each ends with its end token if it came to an end.
+    """
+    decoder, eos = model.decoder, model.generation_config.eos_token_id
+    if hasattr(model, "enc_to_dec_proj"):
+        features = model.enc_to_dec_proj(features)
+    past = EncoderDecoderCache(DynamicCache(config=decoder.config), DynamicCache(config=decoder.config))
+    tokens = features.new_full((len(features), count), model.config.decoder_start_token_id, dtype=torch.long)
+    drawn, ended = [], torch.zeros_like(tokens, dtype=torch.bool)
+    segments = torch.arange(count, device=features.device)[None].expand(len(features), -1)
+    for step in range(max_new_tokens):
+        # The cache holds the captions' tokens in turn, as the mask's columns do.
+        mask = decoder_mask(model, segments.repeat(1, step + 1))[:, :, -count:]
+        logits = decoder(
+            input_ids=tokens,
+            position_ids=torch.full_like(tokens, step),
+            attention_mask=mask,
+            encoder_hidden_states=features,
+            past_key_values=past,
+            use_cache=True,
+        ).logits
+        tokens = torch.multinomial(logits.float().softmax(-1).flatten(0, 1), 1).view_as(tokens)
+        drawn.append(tokens)
+        ended |= tokens == eos
+        if ended.all():
+            break
+    captions = torch.stack(drawn, -1).tolist()
+    return [[row[: row.index(eos) + 1] if eos in row else row for row in of_image] for of_image in captions]
 
 
 class LabelledProjection:
@@ -227,16 +269,9 @@ class CaptionTrainer(Seq2SeqTrainer):
                 features = inputs["features"].float()
             else:
                 features = self.bundle.model.encoder(self.pixels.normalise(inputs["pixel_values"])).last_hidden_state
-            tokens = self.bundle.model.generate(
-                encoder_outputs=BaseModelOutput(features),
-                do_sample=True,
-                top_k=0,
-                num_beams=1,
-                num_return_sequences=settings.samples,
-                max_new_tokens=settings.max_new_tokens,
-            )[:, 1:].tolist()
+            grouped = sample_captions(self.bundle.model, features, settings.samples, settings.max_new_tokens)
         self.model.train()
-        captions = [row[: row.index(eos) + 1] if eos in row else row for row in tokens]
+        captions = [caption for of_image in grouped for caption in of_image]
         ids = inputs["image_id"].repeat_interleave(settings.samples).tolist()
         rewards = settings.reward(
             ids, decode(self.bundle.tokenizer, captions), [caption[-1] == eos for caption in captions]
@@ -249,7 +284,6 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.advantages = torch.tensor(
             [a for a, caption in zip(advantages, captions, strict=True) for _ in caption], device=self.args.device
         )
-        grouped = [captions[i : i + settings.samples] for i in range(0, len(captions), settings.samples)]
         sampled = {k: v.to(self.args.device) for k, v in self.data_collator.targets(grouped).items()}
         return {**inputs, **sampled}
 

@@ -21,6 +21,7 @@ from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
 
 import train
 from captioning import InputError, batch, model
+from captioning import trainer as trainer_module
 from captioning.metrics import CiderReward
 from captioning.trainer import CaptionTrainer, SelfCritical, can_pack, caption_loss, part_of
 
@@ -299,7 +300,7 @@ def test_a_part_that_waits_keeps_its_weights_until_its_time(tokenizer, tmp_path)
     assert moved == [{"cross_attention"}] * 2 + [{"cross_attention", "decoder"}] * 2 + [everything] * 2
 
 
-def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp_path):
+def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp_path, monkeypatch):
     rows = Rows(tokenizer, 3)
     given = []
 
@@ -310,24 +311,21 @@ def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp
     trainer = make_trainer(tokenizer, rows, tmp_path, self_critical=SelfCritical(1, reward, samples=4))
     trainer.state.max_steps = 1
     drawn = []
-    generate = trainer.model.generate
-    trainer.model.generate = lambda *args, **kwargs: drawn.append(generate(*args, **kwargs)) or drawn[-1]
+    sample = trainer_module.sample_captions
+    monkeypatch.setattr(trainer_module, "sample_captions", lambda *args: drawn.extend(sample(*args)) or drawn)
     loss, gradients = loss_and_gradients(trainer, rows.rows, num_items=100)
 
-    (ids, captions, _), (tokens,) = given[0], drawn
+    (ids, captions, _) = given[0]
     assert ids == [row["image_id"] for row in rows.rows for _ in range(4)]
     rewards = [len(caption) % 7 for caption in captions]
     pixels = trainer.pixels.normalise(torch.stack([torch.from_numpy(row["pixels"]) for row in rows.rows]))
     trainer.model.zero_grad()
     total = 0.0
-    for index, row in enumerate(tokens.tolist()):
+    for index, words in enumerate(caption for of_image in drawn for caption in of_image):
         first = index - index % 4
         advantage = rewards[index] - (sum(rewards[first : first + 4]) - rewards[index]) / 3
-        words = row[1:]
-        words = words[: words.index(tokenizer.eos_token_id) + 1] if tokenizer.eos_token_id in words else words
-        logits = trainer.model(
-            pixel_values=pixels[[index // 4]], decoder_input_ids=torch.tensor([[row[0], *words[:-1]]]), use_cache=False
-        ).logits[0]
+        inputs = torch.tensor([[tokenizer.bos_token_id, *words[:-1]]])
+        logits = trainer.model(pixel_values=pixels[[index // 4]], decoder_input_ids=inputs, use_cache=False).logits[0]
         likelihood = torch.log_softmax(logits, -1)[range(len(words)), words].sum()
         total = total - advantage * likelihood / 100
     total.backward()
@@ -335,6 +333,33 @@ def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp
     for name, parameter in trainer.model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-3)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_packed_sampling_draws_from_the_model_s_own_distribution(tokenizer, monkeypatch, attention):
+    """With the likeliest token drawn at each step, packed sampling is greedy generation."""
+    set_seed(3)
+    net = model.build("tiny", "tiny", tokenizer).eval()
+    net.set_attn_implementation(attention)
+    pixels = torch.randn(4, 3, 64, 64)
+    greedy = net.generate(pixel_values=pixels, num_beams=1, max_new_tokens=9)[:, 1:].tolist()
+    first_end = [row.index(tokenizer.eos_token_id) + 1 if tokenizer.eos_token_id in row else 9 for row in greedy]
+    greedy = [row[:end] for row, end in zip(greedy, first_end, strict=True)]
+    features = net.encoder(pixels).last_hidden_state
+    asked = []
+
+    def likeliest(probabilities, count):
+        asked.append(probabilities)
+        # The second caption of an image takes another way, which must not disturb the first and the third.
+        ranks = torch.tensor([0, 1, 0]).repeat(4)
+        return probabilities.topk(2).indices.gather(1, ranks[:, None])
+
+    monkeypatch.setattr(torch, "multinomial", likeliest)
+    drawn = trainer_module.sample_captions(net, features, 3, 9)
+    assert [captions[0] for captions in drawn] == [captions[2] for captions in drawn] == greedy
+    assert all(captions[1] != captions[0] for captions in drawn)
+    for probabilities in asked:
+        torch.testing.assert_close(probabilities[0::3], probabilities[2::3])
 
 
 def test_self_critical_training_raises_the_reward(tokenizer, tmp_path):
