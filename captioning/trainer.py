@@ -20,7 +20,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from captioning import InputError
 from captioning.batch import IGNORED, LengthSampler, Pixels, packed_attention_mask
 from captioning.metrics import CiderReward, coco_scores
-from captioning.model import Bundle, decode, is_cross_attention
+from captioning.model import Bundle, decode, generate_tokens, is_cross_attention
 
 PARTS = ("cross_attention", "decoder", "encoder")
 
@@ -264,7 +264,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         """The batch with captions that the model itself makes up in the place of people's."""
         settings, eos = self.self_critical, self.bundle.tokenizer.eos_token_id
         self.model.eval()
-        with torch.no_grad():
+        with torch.no_grad(), self.accelerator.autocast():
             if "features" in inputs:
                 features = inputs["features"].float()
             else:
@@ -380,8 +380,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         labels = inputs.pop("labels")
         positions = self.projection.positions
         with torch.no_grad(), self.compute_loss_context_manager():
-            logits = model(**inputs).logits[0]
-            losses = functional.cross_entropy(logits.float(), labels.flatten()[positions], reduction="none")
+            outputs = model(**inputs)
+            losses = functional.cross_entropy(outputs.logits[0].float(), labels.flatten()[positions], reduction="none")
         self.projection.positions = None  # generation needs every position
         image_of_token = image_of_row[positions // labels.shape[1]]
         zeros = torch.zeros(len(image_id), device=losses.device)
@@ -389,16 +389,15 @@ class CaptionTrainer(Seq2SeqTrainer):
         counted = zeros.index_add(0, image_of_token, torch.ones_like(losses))
 
         first_row_of_image = torch.searchsorted(image_of_row, torch.arange(len(image_id), device=image_of_row.device))
-        if "encoder_outputs" in inputs:
-            images = {"encoder_outputs": BaseModelOutput(inputs["encoder_outputs"][0][first_row_of_image])}
-        else:
-            images = {"pixel_values": inputs["pixel_values"][first_row_of_image]}
-        with torch.inference_mode():
+        states = outputs.encoder_last_hidden_state[first_row_of_image]
+        with torch.no_grad(), self.accelerator.autocast():
             settings = {**getattr(self, "_gen_kwargs", {}), **generation}
-            # Where parameters are spread over processes, all must go on until the last has finished.
-            settings["synced_gpus"] = self.is_fsdp_enabled or self.is_deepspeed_enabled
-            tokens = self.model.generate(**images, **settings)
-        return None, (tokens.clone(), summed, counted), image_id
+            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+                # Parameters are spread over processes: all must go on until the last has finished.
+                tokens = self.model.generate(encoder_outputs=BaseModelOutput(states), synced_gpus=True, **settings)
+            else:
+                tokens = generate_tokens(self.bundle.model, states, **settings)
+        return None, (tokens, summed, counted), image_id
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         self._images = len(dataloader.dataset)

@@ -204,3 +204,34 @@ def test_real_weights_load(shared, tokenizer):
     frozen = {name for name, parameter in net.named_parameters() if not parameter.requires_grad}
     assert frozen == {"encoder.embeddings.mask_token"}
     assert next(net.encoder.parameters()).dtype == torch.float32
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("hidden", [128, 96], ids=["as wide as the decoder", "narrower"])
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"num_beams": 1},
+        {"num_beams": 3},
+        {"num_beams": 4, "num_return_sequences": 4, "length_penalty": 0.5},
+        {"num_beams": 2, "repetition_penalty": 1.5, "no_repeat_ngram_size": 2},
+        {"do_sample": True, "top_k": 0, "num_return_sequences": 3},
+    ],
+    ids=lambda settings: "+".join(settings),
+)
+def test_keys_and_values_once_per_image_give_the_same_tokens(tokenizer, settings, hidden, attention, monkeypatch):
+    monkeypatch.setitem(model.ENCODER_PRESETS, "tiny", {**model.ENCODER_PRESETS["tiny"], "hidden_size": hidden})
+    torch.manual_seed(1)
+    net = model.build("tiny", "tiny", tokenizer).eval()
+    net.set_attn_implementation(attention)
+    with torch.no_grad():
+        for name, parameter in net.decoder.named_parameters():  # so that images differ and beams change places
+            parameter.mul_(20 if "crossattention" in name else 3)
+    pixels = torch.randn(5, 3, 64, 64)
+    states = net.encoder(pixels).last_hidden_state
+    torch.manual_seed(7)
+    plain = net.generate(pixel_values=pixels, max_new_tokens=12, **settings)
+    torch.manual_seed(7)
+    ours = model.generate_tokens(net, states, max_new_tokens=12, **settings)
+    assert torch.equal(ours, plain)
+    assert len({tuple(row) for row in ours.tolist()}) > 1
