@@ -18,15 +18,11 @@ import importlib.util
 import json
 import math
 import os
-import platform
 import sys
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from captioning import InputError, cli
-from captioning.files import write_whole
-from captioning.metrics import PROTOCOL
 
 # Our defaults where they differ from those of Seq2SeqTrainingArguments.
 DEFAULTS: dict[str, Any] = {
@@ -356,7 +352,7 @@ def main(argv: list[str] | None = None) -> int:
     from datasets.utils.logging import disable_progress_bar
     from transformers import EarlyStoppingCallback, set_seed
 
-    from captioning import batch, model
+    from captioning import batch, model, run_folder
     from captioning.features import cached_features
     from captioning.metrics import CiderReward
     from captioning.trainer import CaptionTrainer, SelfCritical, can_pack
@@ -475,7 +471,8 @@ def main(argv: list[str] | None = None) -> int:
     validation = evaluation_at(kept, trainer.state) if kept else strip(trainer.evaluate(), "eval_")
     test = strip(trainer.predict(datasets["test"]).metrics, "test_")
     if trainer.is_world_process_zero():
-        write_run(args, training, trainer, bundle, splits["test"], validation, test, description, kept)
+        names = {"encoder": args.encoder, "decoder": args.decoder, "freeze_encoder": args.freeze_encoder}
+        run_folder.write(args.output_dir, trainer, splits["test"], validation, test, names, description, kept)
         print(table(validation, test))
         say(f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ...")
     trainer.accelerator.end_training()
@@ -522,75 +519,6 @@ def speed(trainer, seconds: float) -> str:
     line += f"; {trainer.waited / seconds:.1%} of that waiting for data; evaluations {trainer.evaluated:,.0f} s"
     peak = peak_memory(trainer.args.device)
     return line + (f"; peak memory {peak / 1e9:.1f} GB" if peak else "")
-
-
-def write_run(args, training, trainer, bundle, test_rows, validation, test, description, kept) -> None:
-    """Everything in the run folder besides the model and the checkpoints."""
-    from captioning import report
-
-    folder = args.output_dir
-    predictions = trainer.predictions
-    # COCO's results format, in the order of the split
-    results = [{"image_id": i, "caption": predictions[i]} for i in test_rows["image_id"]]
-    write_whole(folder / "predictions_test.json", json.dumps(results, indent=1) + "\n")
-    content = {
-        "protocol": PROTOCOL,
-        "checkpoint": f"best {training.metric_for_best_model} on validation" if kept else "last",
-        "step": kept or trainer.state.global_step,
-        "validation": {"images": description["images"]["validation"], **validation},
-        "test": {"images": description["images"]["test"], **test},
-        "model": {"encoder": args.encoder, "decoder": args.decoder, "freeze_encoder": args.freeze_encoder},
-        "decoding": bundle.model.generation_config.to_diff_dict(),
-        "training": training.to_sanitized_dict(),
-        "data": description,
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "pillow")},
-        },
-    }
-    write_whole(folder / "results.json", json.dumps(content, indent=2, default=str) + "\n")
-    report.draw_curves(trainer.state.log_history, folder / "training_curves.png", kept)
-    report.draw_gallery(
-        [
-            {"image": row["image"], "caption": predictions[row["image_id"]], "reference": row["captions"][0]}
-            for row in test_rows.select(range(min(20, len(test_rows))))
-        ],
-        folder / "gallery.png",
-    )
-    write_whole(folder / "README.md", model_card(args, test, description))
-
-
-def model_card(args: argparse.Namespace, test: dict[str, float], description: dict[str, Any]) -> str:
-    scores = "\n".join(f"| {name} | {test[name]:.4f} |" for name in SCORES)
-    return f"""---
-library_name: transformers
-pipeline_tag: image-to-text
-tags: [image-captioning, vision-encoder-decoder]
----
-
-# Image captioner: {args.encoder} -> {args.decoder}
-
-Trained on {description["images"]["train"]:,} images ({description["source"]}).
-
-| test ({description["images"]["test"]:,} images) | |
-|---|---|
-{scores}
-
-Protocol: {PROTOCOL}.
-
-```python
-from PIL import Image
-from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
-
-model = VisionEncoderDecoderModel.from_pretrained(".")
-tokenizer = AutoTokenizer.from_pretrained(".")
-image_processor = AutoImageProcessor.from_pretrained(".", backend="pil")
-
-image = Image.open("photo.jpg").convert("RGB")
-tokens = model.generate(**image_processor(image, return_tensors="pt"))
-print(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
-```
-"""
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ ALLOWED = {
     "model": set(),
     "ptb": set(),
     "report": set(),
+    "run_folder": {"metrics", "report"},
     "sample": set(),
     "trainer": {"batch", "metrics", "model"},
 }
