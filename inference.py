@@ -4,6 +4,9 @@
     python inference.py --image_path https://example.com/photo.jpg
     python inference.py --image_path photos/ 'more/*.png'            # path<TAB>caption lines
     python inference.py --image_path photos/ --output captions.json  # [{"path", "caption"}]
+    python inference.py --image_path photos/ --json                  # JSON Lines: tokens, log-probabilities, timing
+    python inference.py --image_path photo.jpg --alternatives 5      # the five best captions with their scores
+    python inference.py --image_path photo.jpg --explain out.png     # where the model looked, word by word
     python inference.py --data_path ./processed_data --split test    # score a run folder on a split
     python inference.py --predictions results.json --data_path ./processed_data   # score anybody's captions
 
@@ -17,13 +20,15 @@ import glob
 import json
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from captioning import InputError, cli
 from captioning.files import write_whole
 
+MOST_ALTERNATIVES = 100  # each is a beam, which takes memory
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 
@@ -32,7 +37,32 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     what = parser.add_argument_group("what to caption")
     what.add_argument("--image_path", nargs="+", metavar="PATH", help="URLs, files, folders or globs")
     what.add_argument("--model_path", default="vit-gpt2-coco", help="a run folder (default: ./vit-gpt2-coco)")
-    what.add_argument("--output", type=Path, metavar="FILE", help="write a JSON list of {path, caption}")
+
+    form = parser.add_argument_group("what to say")
+    form.add_argument("--output", type=Path, metavar="FILE", help="write a JSON list of {path, caption}")
+    form.add_argument(
+        "--json",
+        action="store_true",
+        help="a line of JSON for each image: caption, score, tokens with log-probabilities, alternatives, seconds",
+    )
+    form.add_argument(
+        "--alternatives",
+        type=int,
+        default=1,
+        metavar="K",
+        help="the K best captions, each after its score, the mean log-probability of its tokens; searches with K "
+        "beams at least (default: 1)",
+    )
+    form.add_argument(
+        "--explain", type=Path, metavar="PNG", help="also draw one image and, for each word, where the model looked"
+    )
+    form.add_argument(
+        "--explain_layers",
+        type=int,
+        nargs="+",
+        metavar="N",
+        help="decoder layers whose attention is averaged, 0 is the first and -1 the last (default: all)",
+    )
 
     how = parser.add_argument_group("how (default: what the model was saved with)")
     how.add_argument("--num_beams", type=int, help="captions considered side by side; 1 is greedy")
@@ -58,14 +88,23 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         value = getattr(args, name)
         if value is not None and value < 1:
             parser.error(f"--{name} {value} is below 1")
+    if not 1 <= args.alternatives <= MOST_ALTERNATIVES:
+        parser.error(f"--alternatives {args.alternatives} is not between 1 and {MOST_ALTERNATIVES}")
+    for name in ("json", "explain", "alternatives"):
+        if args.data_path and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} is for --image_path, not for scoring a split")
+    if args.explain_layers and not args.explain:
+        parser.error("--explain_layers needs --explain")
     if args.predictions and not args.data_path:
         parser.error("--predictions needs --data_path, which holds the references")
     if bool(args.image_path) == bool(args.data_path):
         parser.error("give --image_path to caption images, or --data_path to score a split")
-    if args.output and not args.output.parent.is_dir():
-        parser.error(f"--output '{args.output}': there is no folder '{args.output.parent}'")
-    if args.output and args.output.is_dir():
-        parser.error(f"--output '{args.output}' is a folder; name a file")
+    for name in ("output", "explain"):
+        file = getattr(args, name)
+        if file and not file.parent.is_dir():
+            parser.error(f"--{name} '{file}': there is no folder '{file.parent}'")
+        if file and file.is_dir():
+            parser.error(f"--{name} '{file}' is a folder; name a file")
     if args.predictions and args.output:
         parser.error("--output has no use with --predictions: the scores are written beside that file")
     if not args.predictions and "/" not in args.model_path and not Path(args.model_path).is_dir():
@@ -128,25 +167,37 @@ def _best_device(torch) -> str:
     return "mps" if torch.backends.mps.is_available() else "cpu"
 
 
-def captions(bundle, pictures: Iterator[tuple[Any, Any]], batch_size: int, total: int) -> Iterator[tuple[Any, str]]:
-    """(key, uint8 pixels) pairs -> (key, caption) pairs, a batch at a time."""
+def captions(
+    bundle,
+    pictures: Iterator[tuple[Any, Any]],
+    batch_size: int,
+    total: int,
+    generate: Callable[[Any, Any], list[Any]],
+) -> Iterator[tuple[Any, Any, float]]:
+    """(key, uint8 pixels) pairs -> (key, what `generate` makes of them, its share of the seconds), a batch at a time.
+
+    `generate` takes the bundle and normalised pixels, (batch, channels, height, width).
+    """
     import numpy as np
     import torch
     from tqdm import tqdm
 
-    from captioning import batch, model
+    from captioning import batch
 
     pixels = batch.Pixels(bundle.image_processor)
     waiting: list[tuple[Any, Any]] = []
     bar = tqdm(total=total, unit="image", file=sys.stderr, disable=total <= batch_size)
 
-    def flush() -> Iterator[tuple[Any, str]]:
+    def flush() -> Iterator[tuple[Any, Any, float]]:
         if not waiting:
             return
         keys, images = zip(*waiting, strict=True)
         waiting.clear()
+        began = time.perf_counter()
         stacked = torch.from_numpy(np.stack(images)).to(bundle.model.device)
-        yield from zip(keys, model.generate(bundle, pixels.normalise(stacked)), strict=True)
+        made = generate(bundle, pixels.normalise(stacked))
+        seconds = (time.perf_counter() - began) / len(keys)
+        yield from ((key, one, seconds) for key, one in zip(keys, made, strict=True))
         bar.update(len(keys))
 
     with bar:
@@ -160,6 +211,8 @@ def captions(bundle, pictures: Iterator[tuple[Any, Any]], batch_size: int, total
 def caption_images(args: argparse.Namespace) -> int:
     """Caption `--image_path`; returns the exit code."""
     paths = expand(args.image_path)
+    if args.explain and len(paths) > 1:
+        raise InputError(f"--explain draws one image, and --image_path names {len(paths):,}; give one of them")
     if not any("://" in path or os.path.isfile(path) for path in paths):
         # Nothing to caption at all: say so before the model is loaded.
         from captioning import images
@@ -169,18 +222,23 @@ def caption_images(args: argparse.Namespace) -> int:
 
     from concurrent.futures import ThreadPoolExecutor
 
-    from captioning import batch, images, model
+    from captioning import batch, explain, images, model, report
 
     pixels = batch.Pixels(bundle.image_processor)
     # Twice what is needed: the decoder may skip detail that nobody will see, the resize stays the one of training.
     side = 2 * model.resized_side(bundle.image_processor)
     failures: list[str] = []
+    read_seconds: dict[str, float] = {}
 
     def read(path: str):
+        began = time.perf_counter()
         try:
-            return pixels(images.open_image(path, min_side=side))
+            image = images.open_image(path, min_side=side)
+            result = image if args.explain else pixels(image)
         except InputError as error:
             return error
+        read_seconds[path] = time.perf_counter() - began
+        return result
 
     def pictures() -> Iterator[tuple[str, Any]]:
         # Decoded in the background while the model works, a few batches ahead and no more.
@@ -197,16 +255,60 @@ def caption_images(args: argparse.Namespace) -> int:
                 else:
                     yield path, result
 
+    def explained() -> Iterator[tuple[str, Any, float]]:
+        for path, image in pictures():
+            began = time.perf_counter()
+            explanation = explain.explain(bundle, image, args.alternatives, args.explain_layers)
+            seconds = time.perf_counter() - began
+            words = [vars(word) for word in explanation.words]
+            report.draw_explanation(image, explanation.caption.text, words, args.explain, region=explanation.region)
+            cli.note(f"explanation written to {args.explain}")
+            yield path, explanation.alternatives, seconds
+
+    if args.explain:
+        made = explained()
+    elif args.json or args.alternatives > 1:
+        made = captions(
+            bundle,
+            pictures(),
+            args.batch_size,
+            len(paths),
+            lambda bundle, values: explain.best_captions(bundle, values, args.alternatives),
+        )
+    else:
+        made = captions(bundle, pictures(), args.batch_size, len(paths), model.generate)
+
     results = []
-    for path, caption in captions(bundle, pictures(), args.batch_size, len(paths)):
+    for path, found, seconds in made:
         # A file name need not be UTF-8; JSON has to be.
-        results.append({"path": os.fsencode(path).decode("utf-8", "replace"), "caption": caption})
-        if not args.output:
-            print(caption if len(paths) == 1 else f"{cli.printable(path)}\t{caption}", flush=True)
+        entry: dict[str, Any] = {"path": os.fsencode(path).decode("utf-8", "replace")}
+        if isinstance(found, str):
+            entry["caption"] = found
+        else:
+            entry |= {"caption": found[0].text, "score": round(found[0].score, 6)}
+            if args.json:
+                entry["tokens"] = token_list(bundle.tokenizer, found[0])
+            entry["alternatives"] = [{"caption": one.text, "score": round(one.score, 6)} for one in found]
+            if args.json:
+                entry["seconds"] = {"read": round(read_seconds[path], 4), "generate": round(seconds, 4)}
+        results.append(entry)
+        if args.output:
+            continue
+        if args.json:
+            print(json_line(entry), flush=True)
+        else:
+            first = [] if len(paths) == 1 else [cli.printable(path)]
+            rows = [[entry["caption"]]]
+            if args.alternatives > 1:
+                rows = [[f"{one['score']:.4f}", one["caption"]] for one in entry["alternatives"]]
+            print("\n".join("\t".join([*first, *map(cli.printable, row)]) for row in rows), flush=True)
     if len(paths) == 1 and failures:
         raise InputError(failures[0])
     if args.output:
-        text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
+        if args.json:
+            text = "".join(json_line(entry) + "\n" for entry in results)
+        else:
+            text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
         write_whole(args.output, text)
         cli.note(f"{len(results):,} captions written to {args.output}")
     if failures:
@@ -215,6 +317,21 @@ def caption_images(args: argparse.Namespace) -> int:
             cli.note(f"  {failure}")
         return 1 if results else 2
     return 0
+
+
+def token_list(tokenizer, caption) -> list[dict[str, Any]]:
+    """A caption's tokens as they are written to JSON; one that is half a letter reads as a replacement character."""
+    texts = tokenizer.batch_decode([[token] for token in caption.tokens], clean_up_tokenization_spaces=False)
+    return [
+        {"id": token, "text": text, "log_probability": round(value, 6)}
+        for token, text, value in zip(caption.tokens, texts, caption.log_probabilities, strict=True)
+    ]
+
+
+def json_line(entry: dict[str, Any]) -> str:
+    """One line of JSON that reads as it is meant in a terminal: letters as they are, control characters escaped."""
+    text = json.dumps(entry, ensure_ascii=False)
+    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 def score(args: argparse.Namespace) -> int:
@@ -228,10 +345,13 @@ def score(args: argparse.Namespace) -> int:
         predictions = read_predictions(args.predictions, references)
         target = args.predictions.with_name(f"{args.predictions.stem}_scores_per_image.json")
     else:
+        from captioning import model
+
         bundle = load_model(args)
         dataset = batch.CaptionDataset(rows, batch.Pixels(bundle.image_processor))
         pictures = ((row["image_id"], row["pixels"]) for row in (dataset[i] for i in range(len(dataset))))
-        predictions = dict(captions(bundle, pictures, args.batch_size, len(dataset)))
+        made = captions(bundle, pictures, args.batch_size, len(dataset), model.generate)
+        predictions = {image_id: caption for image_id, caption, _ in made}
         results = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
         folder = Path(args.model_path) if Path(args.model_path).is_dir() else Path()
         file = args.output or folder / f"predictions_{args.split}.json"

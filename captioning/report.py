@@ -1,7 +1,8 @@
-"""The two pictures a person looks at after a run: the training curves and a gallery of captions.
+"""The pictures that a person looks at: training curves, a gallery of captions, where a model looked.
 
 draw_curves(trainer.state.log_history, "training_curves.png", best_step=1200)
 draw_gallery([{"image": picture, "caption": "a cat", "reference": "a cat on a mat"}], "gallery.png")
+draw_explanation(picture, "a cat", [{"text": "a", "probability": 0.9, "attention": grid}, ...], "explanation.png")
 
 Each is written whole or not at all, and the same input gives the same bytes.
 """
@@ -221,7 +222,10 @@ def draw_gallery(items: list[dict], path: str | Path, columns: int = 4) -> None:
 
     An item is {"image": PIL.Image, "caption": str, "reference": str, "title": str | None}.
     """
-    page = gallery_page(items, columns)
+    _save_page(gallery_page(items, columns), path)
+
+
+def _save_page(page: Image.Image, path: str | Path) -> None:
     # 6 bits a channel: a third fewer bytes, and no eye sees it. A palette would be smaller still, but one of
     # 256 colours for twenty photographs shows bands and specks.
     page = page.point([round(round(value * 63 / 255) * 255 / 63) for value in range(256)] * 3)
@@ -283,6 +287,110 @@ def gallery_page(items: list[dict], columns: int = 4) -> Image.Image:
                 draw.text((x, y + text_y), text, colour, font)
         y += row_height + MARGIN
     return page
+
+
+# ---------------------------------------------------------------------------------------------------------
+# Explanation
+
+LIT = (232, 89, 12)  # where the model looked: the orange of the curves, on a photograph without colour of its own
+PANEL_BAR = 6  # pixels; the height of the bar that shows a word's probability
+CAPTION_HEAD, WORD_SIZE = 20, 15  # pixels
+
+
+def draw_explanation(image: Image.Image, caption: str, words: list[dict], path: str | Path, **layout) -> None:
+    """Draw the image and, for each word of its caption, where the model looked, into one PNG.
+
+    The arguments are those of `explanation_page`.
+    """
+    _save_page(explanation_page(image, caption, words, **layout), path)
+
+
+def explanation_page(
+    image: Image.Image,
+    caption: str,
+    words: list[dict],
+    region: tuple[float, float, float, float] = (0, 0, 1, 1),
+) -> Image.Image:
+    """The picture of `draw_explanation`, RGB, PAGE_WIDTH wide.
+
+    Args:
+        words: {"text": str, "probability": 0 to 1, "attention": floats (rows, columns)} each, in order.
+        region: (left, top, right, bottom) of what the model saw, as fractions of the image.
+    """
+    bold, plain = _font("DejaVuSans-Bold.ttf", WORD_SIZE), _font("DejaVuSans.ttf", REFERENCE_SIZE)
+    head = _font("DejaVuSans-Bold.ttf", CAPTION_HEAD)
+    cells = len(words) + 1
+    # About as wide as high, and the last row as full as can be.
+    columns = min(range(3, 7), key=lambda n: -cells % n / cells + 0.5 * abs(math.log(n / math.sqrt(1.4 * cells))))
+    width = (PAGE_WIDTH - MARGIN) // columns - MARGIN
+    image = image.convert("RGB")
+    box = tuple(round(part * side) for part, side in zip(region, (*image.size, *image.size), strict=True))
+    seen = image.crop(box)
+    whole = image.convert("L").point([120 + round(value * 0.4) for value in range(256)]).convert("RGB")
+    whole.paste(seen, box[:2])
+    # Cells as tall as the image needs, within reason.
+    height = round(min(1.25 * width, max(0.6 * width, width * seen.height / seen.width)))
+
+    lines = wrap(caption, head, PAGE_WIDTH - 2 * MARGIN, CAPTION_LINES) or ["(empty)"]
+    notes = [
+        "Orange: where the model looked when it chose the word (cross-attention). "
+        "Bar: how probable it found the word, given the words before it."
+    ]
+    if seen.size != image.size:
+        notes.append("Grey in the first picture: outside of what the model saw.")
+    legend = wrap(" ".join(notes), plain, PAGE_WIDTH - 2 * MARGIN, 4)
+    first = MARGIN + len(lines) * _line_height(head) + 8 + len(legend) * _line_height(plain) + MARGIN
+    text_height = 6 + _line_height(bold) + 4 + max(_line_height(plain), PANEL_BAR)
+    rows = math.ceil(cells / columns)
+    size = (MARGIN + columns * (width + MARGIN), first + rows * (height + text_height + MARGIN))
+    page = Image.new("RGB", size, GROUND)
+    draw = ImageDraw.Draw(page)
+    y = MARGIN
+    for line in lines:
+        draw.text((MARGIN, y), line, INK, head)
+        y += _line_height(head)
+    y += 8
+    for line in legend:
+        draw.text((MARGIN, y), line, QUIET, plain)
+        y += _line_height(plain)
+
+    pictures = [(whole, None)] + [(_lit(seen, word["attention"]), word) for word in words]
+    for number, (picture, word) in enumerate(pictures):
+        x = MARGIN + number % columns * (width + MARGIN)
+        y = first + number // columns * (height + text_height + MARGIN)
+        draw.rectangle((x, y, x + width - 1, y + height - 1), BOX)
+        picture = fit(picture, width, height)
+        page.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
+        y += height + 6
+        if word is None:
+            draw.text((x, y), "the image", QUIET, plain)
+            continue
+        text = (wrap(word["text"], bold, width, 1) or ["(blank)"])[0]
+        draw.text((x, y), text, INK, bold)
+        y += _line_height(bold) + 4
+        share = f"{100 * word['probability']:.0f} %"
+        reserved = round(plain.getlength("100 %")) + 8
+        middle = y + _line_height(plain) // 2
+        bar = (x, middle - PANEL_BAR // 2, x + width - 1 - reserved, middle + PANEL_BAR // 2)
+        draw.rectangle(bar, BOX)
+        filled = round((bar[2] - bar[0]) * min(1.0, max(0.0, word["probability"])))
+        if filled:
+            draw.rectangle((bar[0], bar[1], bar[0] + filled, bar[3]), SCORES["eval_bleu_2"][1])
+        draw.text((x + width, y), share, QUIET, plain, anchor="ra")
+    return page
+
+
+def _lit(seen: Image.Image, attention) -> Image.Image:
+    """The image without its colours, and over it orange where `attention` (rows, columns) is high."""
+    import numpy as np
+
+    weights = np.asarray(attention, dtype=np.float32)
+    # Against the most attended patch, and by its square root: what has a quarter of it still shows.
+    strength = np.sqrt(np.clip(weights / max(float(weights.max()), 1e-12), 0, 1))
+    grid = Image.fromarray(strength).resize(seen.size, Image.Resampling.BICUBIC)
+    mask = Image.fromarray((np.clip(np.asarray(grid), 0, 1) * 0.85 * 255).astype(np.uint8))
+    grey = seen.convert("L").point([70 + round(value * 0.68) for value in range(256)]).convert("RGB")
+    return Image.composite(Image.new("RGB", seen.size, LIT), grey, mask)
 
 
 def fit(picture: Image.Image, width: int, height: int) -> Image.Image:

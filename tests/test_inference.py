@@ -90,6 +90,65 @@ def test_output_writes_json(run, pictures, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["captions.json"]
 
 
+def test_json_says_everything_of_each_image(run, pictures, tmp_path):
+    code, out, _ = run("--image_path", pictures, "--json", "--alternatives", 3, "--batch_size", 4)
+    entries = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(entries) == 7
+    for entry in entries:
+        assert set(entry) == {"path", "caption", "score", "tokens", "alternatives", "seconds"}
+        values = [token["log_probability"] for token in entry["tokens"]]
+        assert max(values) <= 0 and entry["score"] == pytest.approx(sum(values) / len(values), abs=1e-5)
+        assert " ".join("".join(token["text"] for token in entry["tokens"][:-1]).split()) == entry["caption"]
+        assert entry["tokens"][-1]["text"] == "<|endoftext|>"
+        assert entry["alternatives"][0] == {"caption": entry["caption"], "score": entry["score"]}
+        assert 1 <= len(entry["alternatives"]) <= 3
+        assert entry["seconds"]["read"] > 0 and entry["seconds"]["generate"] > 0
+    # With one caption each, they are those of every other form of output.
+    plain = [line.split("\t") for line in run("--image_path", pictures)[1].splitlines()]
+    output = tmp_path / "captions.jsonl"
+    code, out, _ = run("--image_path", pictures, "--json", "--output", output)
+    assert (code, out) == (0, "")
+    assert [(e["path"], e["caption"]) for e in map(json.loads, output.open())] == [tuple(row) for row in plain]
+
+
+def test_a_line_of_json_shows_letters_and_escapes_what_drives_a_terminal():
+    entry = {"caption": "кот \x1b[31m \x9b \u2028 \U000e0001 \ud800 日本", "path": "a\tb"}
+    line = inference.json_line(entry)
+    assert line.isprintable() and "кот" in line and "日本" in line
+    assert json.loads(line) == entry
+
+
+def test_alternatives_come_with_their_scores(run, pictures, tmp_path):
+    code, out, _ = run("--image_path", pictures / "rgb.jpg", "--alternatives", 4)
+    rows = [line.split("\t") for line in out.splitlines()]
+    assert code == 0 and 1 < len(rows) <= 4
+    scores = [float(score) for score, _ in rows]
+    assert scores == sorted(scores, reverse=True) and len({caption for _, caption in rows}) == len(rows)
+    code, out, _ = run("--image_path", pictures, "--alternatives", 2)
+    assert {len(line.split("\t")) for line in out.splitlines()} == {3}
+    run("--image_path", pictures / "rgb.jpg", "--alternatives", 4, "--output", tmp_path / "captions.json")
+    entry = json.loads((tmp_path / "captions.json").read_text())[0]
+    assert [one["caption"] for one in entry["alternatives"]] == [caption for _, caption in rows]
+
+
+def test_explain_draws_a_picture_and_prints_the_same_caption(run, pictures, tmp_path):
+    output = tmp_path / "explanation.png"
+    code, out, err = run("--image_path", pictures / "turned.jpg", "--explain", output)
+    assert code == 0 and out == run("--image_path", pictures / "turned.jpg")[1]
+    assert "explanation written to" in err
+    with Image.open(output) as page:
+        page.load()
+        assert page.format == "PNG" and page.width == 1040
+    first = output.read_bytes()
+    _, out, _ = run("--image_path", pictures / "turned.jpg", "--explain", output, "--explain_layers", -1, "--json")
+    assert json.loads(out)["caption"] and output.read_bytes() != first
+    with pytest.raises(InputError, match="--explain draws one image, and --image_path names 7"):
+        run("--image_path", pictures, "--explain", output)
+    with pytest.raises(InputError, match="no layer 5"):
+        run("--image_path", pictures / "rgb.jpg", "--explain", output, "--explain_layers", 5)
+    assert [path.name for path in tmp_path.iterdir()] == ["explanation.png"]
+
+
 def test_a_checkpoint_is_a_run_folder_too(trained, pictures, capsys):
     checkpoint = sorted(trained.glob("checkpoint-*"))[-1]
     assert (
@@ -174,6 +233,11 @@ def test_urls(run, pictures):
         (["--predictions", "x.json"], "--predictions needs --data_path"),
         (["--image_path", "x" * 300, "--output", "/no/such/folder/x.json"], "there is no folder"),
         (["--image_path", "x.jpg", "--output", "/"], "is a folder"),
+        (["--image_path", "x.jpg", "--explain", "/no/such/folder/x.png"], "there is no folder"),
+        (["--image_path", "x.jpg", "--explain_layers", "1"], "--explain_layers needs --explain"),
+        (["--image_path", "x.jpg", "--alternatives", "0"], "--alternatives 0 is not between 1 and 100"),
+        (["--data_path", "x", "--alternatives", "2"], "--alternatives is for --image_path"),
+        (["--data_path", "x", "--json"], "--json is for --image_path"),
         (["--image_path", "x.jpg", "--model_path", "nope"], "did you run train.py?"),
         (["--data_path", "x", "--model_path", "/"], "did you run it?"),
         (["--data_path", "x", "--split", "dev"], "invalid choice: 'dev'"),

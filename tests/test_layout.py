@@ -14,6 +14,7 @@ ALLOWED = {
     "batch": set(),
     "cli": set(),
     "coco": set(),
+    "explain": {"batch", "model"},
     "features": {"batch", "model"},
     "files": set(),
     "images": set(),

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import matplotlib
+import numpy as np
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
@@ -232,6 +233,58 @@ def test_pictures_keep_their_aspect_and_small_ones_grow():
     assert report.fit(photograph(64, 64), 240, 180).size == (180, 180)
     assert report.fit(photograph(640, 320), 240, 180).size == (240, 120)
     assert report.fit(photograph(100, 300, "L"), 240, 180).mode == "RGB"
+
+
+# Explanation
+
+
+def words(count: int, grid: tuple[int, int] = (14, 14)) -> list[dict]:
+    """`count` words, the model looking at another patch for each."""
+    made = []
+    for number in range(count):
+        attention = np.full(grid, 0.01)
+        attention[number % grid[0], 3] = 1
+        made.append(
+            {"text": ("dog", "constitutional")[number % 2], "probability": number / count, "attention": attention}
+        )
+    return made
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 8, 12, 20, 40])
+@pytest.mark.parametrize("size", [(640, 480), (100, 700), (1, 3000), (64, 64)])
+def test_explanations_of_any_length_fill_the_page(count, size):
+    caption = " ".join(word["text"] for word in words(count))
+    page = report.explanation_page(photograph(*size), caption, words(count), region=(0.1, 0, 0.9, 1))
+    assert page.width == pytest.approx(report.PAGE_WIDTH, abs=6) and page.height < 3000
+    # Nothing runs over the margins.
+    grey = page.convert("L")
+    for box in ((0, 0, 18, page.height), (page.width - 12, 0, page.width, page.height)):
+        assert grey.crop(box).getextrema() == (255, 255)
+
+
+@pytest.mark.parametrize("grid", [(14, 14), (7, 7), (16, 16), (8, 12), (1, 1)])
+def test_orange_lies_where_the_attention_is(grid):
+    attention = np.zeros(grid)
+    attention[0, grid[1] - 1] = 0.5
+    lit = np.asarray(report._lit(photograph(140, 140), attention), dtype=int)
+    orange = lit[:, :, 0] - lit[:, :, 2] > 120
+    rows, columns = np.nonzero(orange)
+    assert len(rows)
+    assert rows.mean() == pytest.approx(70 / grid[0], abs=140 / grid[0] / 3)
+    assert columns.mean() == pytest.approx(140 - 70 / grid[1], abs=140 / grid[1] / 3)
+
+
+@pytest.mark.parametrize("attention", [np.zeros((7, 7)), np.full((7, 7), 1 / 49)])
+def test_even_attention_is_drawn(attention):
+    report.explanation_page(photograph(), "a", [{"text": "a", "probability": 1.0, "attention": attention}])
+
+
+def test_odd_words_are_drawn(tmp_path):
+    odd = ["\x1b[31m", "", "W" * 300, "猫が木の上で寝ている", "\ud800", "\u202eabc", "<b>&"]
+    items = [words(1)[0] | {"text": text} for text in odd]
+    report.draw_explanation(photograph(mode="CMYK"), " ".join(odd), items, tmp_path / "explanation.png")
+    Image.open(tmp_path / "explanation.png").verify()
+    assert [path.name for path in tmp_path.iterdir()] == ["explanation.png"]
 
 
 # Both

@@ -1,0 +1,254 @@
+"""What a model says with how much certainty, and where it looked: token probabilities, the best captions, attention.
+
+explanation = explain(bundle, image)             # an RGB image, as `images.open_image` gives it
+explanation.caption.text                         # "a cat on a mat"
+explanation.words[1].text, .probability          # "cat", 0.83
+explanation.words[1].attention                   # (rows, columns) of the encoder's patch grid
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import PreTrainedTokenizerBase
+from transformers.modeling_outputs import BaseModelOutput
+
+from captioning import InputError
+from captioning.batch import Pixels
+from captioning.model import Bundle, decode
+
+MOST_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches
+
+
+@dataclass
+class Caption:
+    """A generated caption and how probable the model finds it.
+
+    Attributes:
+        text: without special tokens.
+        score: what beam search ranks by: the sum of `log_probabilities` over their number to the power of the length
+            penalty, which is 1 unless the model says otherwise, and then their mean. Natural logarithm, at most 0.
+        tokens: ids, the end token included where one was generated.
+        log_probabilities: of each token, given the image and the tokens before it.
+    """
+
+    text: str
+    score: float
+    tokens: list[int]
+    log_probabilities: list[float]
+
+
+@dataclass
+class Word:
+    """A word of a caption.
+
+    Attributes:
+        text: with the punctuation that is written to it.
+        probability: of its tokens, multiplied; punctuation at its end aside. 0 to 1.
+        attention: float (rows, columns) of the patch grid, the mean over its tokens; sums to 1 at most. The rest went
+            to tokens that are no place in the image, such as a class token.
+    """
+
+    text: str
+    probability: float
+    attention: np.ndarray
+
+
+@dataclass
+class Explanation:
+    """A caption, its words, and which part of the image the model saw.
+
+    Attributes:
+        alternatives: the best captions, the first of them `caption`.
+        region: (left, top, right, bottom) of what the image processor leaves, as fractions of width and height.
+    """
+
+    caption: Caption
+    words: list[Word]
+    alternatives: list[Caption]
+    region: tuple[float, float, float, float]
+
+
+@torch.inference_mode()
+def best_captions(bundle: Bundle, pixel_values: torch.Tensor, count: int = 1) -> list[list[Caption]]:
+    """The best captions of each image, the best one first.
+
+    Args:
+        pixel_values: normalised, (batch, channels, height, width), on the model's device.
+        count: how many; the search runs with as many beams at least. Two that read the same count once, so that
+            there may be fewer.
+
+    Returns:
+        A list for each image. With `count` 1, the caption is the one of `model.generate`.
+    """
+    return _search(bundle, bundle.model.encoder(pixel_values=pixel_values).last_hidden_state, count)
+
+
+def _search(bundle: Bundle, states: torch.Tensor, count: int) -> list[list[Caption]]:
+    model, settings = bundle.model, bundle.model.generation_config
+    sequences = model.generate(
+        encoder_outputs=BaseModelOutput(states),
+        num_beams=max(count, settings.num_beams or 1),
+        num_return_sequences=count,
+    )
+    repeated = BaseModelOutput(states.repeat_interleave(count, 0))
+    logits = model(encoder_outputs=repeated, decoder_input_ids=sequences[:, :-1], use_cache=False).logits
+    generated = sequences[:, 1:]
+    chosen = logits.float().log_softmax(-1).gather(2, generated[..., None])[..., 0]  # (batch * count, length)
+    penalty = 1.0 if settings.length_penalty is None else settings.length_penalty
+    texts = decode(bundle.tokenizer, generated)
+    found: list[dict[str, Caption]] = [{} for _ in range(len(states))]
+    for row, (text, ids, values) in enumerate(zip(texts, generated.tolist(), chosen.tolist(), strict=True)):
+        end = settings.eos_token_id
+        length = ids.index(end) + 1 if end in ids else len(ids)
+        score = math.fsum(values[:length]) / length**penalty
+        found[row // count].setdefault(text, Caption(text, score, ids[:length], values[:length]))
+    return [sorted(captions.values(), key=lambda caption: -caption.score) for captions in found]
+
+
+@torch.inference_mode()
+def explain(
+    bundle: Bundle, image: Image.Image, alternatives: int = 1, layers: Sequence[int] | None = None
+) -> Explanation:
+    """Caption an RGB image and say, word by word, where the model looked.
+
+    Args:
+        alternatives: how many of the best captions to return.
+        layers: decoder layers whose cross-attention is averaged, counted from 0, or from the last one with -1;
+            None: all of them.
+
+    Raises:
+        InputError: there is no such layer, or the encoder's tokens are no grid of patches.
+    """
+    pixels = Pixels(bundle.image_processor)
+    values = pixels.normalise(torch.from_numpy(pixels(image))[None].to(bundle.model.device))
+    states = bundle.model.encoder(pixel_values=values).last_hidden_state
+    captions = _search(bundle, states, alternatives)[0]
+    best = captions[0]
+    rows, columns = patch_grid(states.shape[1], values.shape[-2:], bundle.model.encoder.config)
+    attention = cross_attention(bundle, states, best.tokens, layers)[:, -rows * columns :]
+    words = []
+    for text, tokens in words_of(bundle.tokenizer, best.tokens):
+        probability = math.exp(math.fsum(best.log_probabilities[i] for i in tokens))
+        words.append(Word(text, probability, attention[tokens].mean(0).reshape(rows, columns)))
+    return Explanation(best, words, captions, seen_region(bundle.image_processor, *image.size))
+
+
+def cross_attention(
+    bundle: Bundle, states: torch.Tensor, tokens: Sequence[int], layers: Sequence[int] | None = None
+) -> np.ndarray:
+    """How much of its attention the decoder gave to each encoder token when it chose each caption token.
+
+    Args:
+        states: the encoder's output for one image, (1, encoder tokens, hidden size).
+        tokens: the caption's.
+        layers: as in `explain`.
+
+    Returns:
+        float32 (caption tokens, encoder tokens), the mean over heads and layers; each row sums to 1.
+    """
+    decoder = bundle.model.decoder
+    start = bundle.model.generation_config.decoder_start_token_id
+    inputs = torch.tensor([[start, *tokens[:-1]]], device=states.device)
+    usual = decoder.config._attn_implementation
+    decoder.set_attn_implementation("eager")  # the fused kernels do not return weights
+    try:
+        outputs = bundle.model(
+            encoder_outputs=BaseModelOutput(states), decoder_input_ids=inputs, output_attentions=True, use_cache=False
+        )
+    finally:
+        decoder.set_attn_implementation(usual)
+    attentions = outputs.cross_attentions  # of each layer: (1, heads, caption tokens, encoder tokens)
+    for layer in layers or ():
+        if not -len(attentions) <= layer < len(attentions):
+            raise InputError(
+                f"the decoder has no layer {layer}; its {len(attentions)} layers are 0 to {len(attentions) - 1}"
+            )
+    chosen = attentions if layers is None else [attentions[layer] for layer in layers]
+    return torch.stack([layer[0].float().mean(0) for layer in chosen]).mean(0).cpu().numpy()
+
+
+def patch_grid(tokens: int, size: Sequence[int], config: Any) -> tuple[int, int]:
+    """(rows, columns) of the patches that an encoder's last `tokens` tokens stand for.
+
+    Before them come a class token or none, a distillation token (DeiT), registers (DINOv2).
+
+    Args:
+        tokens: how many the encoder returns.
+        size: (height, width) of its input in pixels.
+        config: the encoder's; without a `patch_size` the grid is taken to be square.
+
+    Raises:
+        InputError: no grid has about as many patches.
+    """
+    patch = getattr(config, "patch_size", None)
+    if patch:
+        high, wide = (patch, patch) if isinstance(patch, int) else patch
+        # Swin and its like halve the grid from stage to stage.
+        rows, columns = size[0] // high, size[1] // wide
+        while rows * columns > tokens:
+            rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)
+        if rows * columns > 0 and tokens - rows * columns <= MOST_EXTRA_TOKENS:
+            return rows, columns
+    else:
+        for extra in (0, 1, 2, 5):
+            side = math.isqrt(max(tokens - extra, 0))
+            if side and side * side == tokens - extra:
+                return side, side
+    raise InputError(f"the {tokens} tokens of a {config.model_type} encoder are no grid of patches; nothing to explain")
+
+
+def seen_region(image_processor, width: int, height: int) -> tuple[float, float, float, float]:
+    """(left, top, right, bottom) of the part of a width x height image that the encoder sees, as fractions."""
+    if not image_processor.do_center_crop:
+        return (0.0, 0.0, 1.0, 1.0)
+    resized = [float(width), float(height)]
+    if image_processor.do_resize:
+        size = dict(image_processor.size)
+        if size.get("shortest_edge"):
+            resized = [side * size["shortest_edge"] / min(width, height) for side in (width, height)]
+        else:
+            resized = [size["width"], size["height"]]
+    crop = dict(image_processor.crop_size)
+    share = [min(1.0, crop[side] / pixels) for side, pixels in zip(("width", "height"), resized, strict=True)]
+    left, top = ((1 - part) / 2 for part in share)
+    return (left, top, 1 - left, 1 - top)
+
+
+def words_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """The words of a caption, each with the positions of its tokens.
+
+    Words are what white space separates, and read together they are the decoded caption. Special tokens belong to none,
+    and neither do tokens of punctuation that end a word: where a model looks for a full stop says nothing of the word.
+    """
+    special = set(tokenizer.all_special_ids)
+    kept = [position for position, token in enumerate(tokens) if token not in special]
+    if not kept:
+        return []
+    # A token may be half a letter: what counts is how many words can be read by then.
+    prefixes = [[tokens[position] for position in kept[: end + 1]] for end in range(len(kept))]
+    read = decode(tokenizer, prefixes)
+    words = read[-1].split()
+    counts = [len(text.split()) for text in read]
+    for i in reversed(range(len(counts) - 1)):
+        counts[i] = min(counts[i], counts[i + 1])  # half a letter that turns out to be a space
+    groups: dict[int, list[int]] = {}
+    for count, position in zip(counts, kept, strict=True):
+        groups.setdefault(max(count, 1), []).append(position)
+    found, done = [], 0
+    for count, positions in groups.items():
+        if count > len(words):
+            break  # white space alone
+        alone = decode(tokenizer, [[tokens[position]] for position in positions])
+        end = len(positions)
+        while end > 1 and not any(char.isalnum() for char in alone[end - 1]):
+            end -= 1
+        found.append((" ".join(words[done:count]), positions[:end]))
+        done = count
+    return found
