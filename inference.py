@@ -7,6 +7,7 @@
     python inference.py --image_path photos/ --json                  # JSON Lines: tokens, log-probabilities, timing
     python inference.py --image_path photo.jpg --alternatives 5      # the five best captions with their scores
     python inference.py --image_path photo.jpg --explain out.png     # where the model looked, word by word
+    python inference.py --serve                                      # a page in the browser (pip install gradio)
     python inference.py --data_path ./processed_data --split test    # score a run folder on a split
     python inference.py --predictions results.json --data_path ./processed_data   # score anybody's captions
 
@@ -70,6 +71,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     how.add_argument("--batch_size", type=int, default=16, help="images at a time (default: 16)")
     how.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
 
+    page = parser.add_argument_group("a page in the browser instead (pip install gradio)")
+    page.add_argument("--serve", action="store_true", help="drop an image or paste its address, see where it looked")
+    page.add_argument("--port", type=int, default=7860, help="(default: 7860)")
+    page.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine only)")
+
     score = parser.add_argument_group("scoring instead")
     score.add_argument(
         "--data_path", type=Path, help="a folder of dataloader.py: caption one of its splits and score it"
@@ -93,11 +99,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     for name in ("json", "explain", "alternatives"):
         if args.data_path and getattr(args, name) != parser.get_default(name):
             parser.error(f"--{name} is for --image_path, not for scoring a split")
-    if args.explain_layers and not args.explain:
-        parser.error("--explain_layers needs --explain")
+    if args.explain_layers and not (args.explain or args.serve):
+        parser.error("--explain_layers needs --explain or --serve")
+    for name in ("image_path", "data_path", "output", "json", "explain"):
+        if args.serve and getattr(args, name):
+            parser.error(f"--{name} has no use with --serve")
+    for name in ("port", "host"):
+        if not args.serve and getattr(args, name) != parser.get_default(name):
+            parser.error(f"--{name} needs --serve")
+    if not 1 <= args.port <= 65535:
+        parser.error(f"--port {args.port} is not between 1 and 65535")
     if args.predictions and not args.data_path:
         parser.error("--predictions needs --data_path, which holds the references")
-    if bool(args.image_path) == bool(args.data_path):
+    if not args.serve and bool(args.image_path) == bool(args.data_path):
         parser.error("give --image_path to caption images, or --data_path to score a split")
     for name in ("output", "explain"):
         file = getattr(args, name)
@@ -388,6 +402,13 @@ def read_predictions(file: Path, references: dict[int, list[str]]) -> dict[int, 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
+    if args.serve:
+        from captioning import serve
+
+        serve.check_gradio()
+        alternatives = args.alternatives if args.alternatives > 1 else 0
+        serve.serve(load_model(args), args.host, args.port, alternatives, args.explain_layers)
+        return 0
     return score(args) if args.data_path else caption_images(args)
 
 

@@ -6,7 +6,7 @@
     python train.py --encoder tiny --decoder tiny --epochs 22    # random weights, for a try
 
 Writes the run folder: model, tokenizer, image processor, checkpoints, results.json, predictions_test.json,
-training_curves.png, gallery.png, README.md. The table of test scores goes to stdout.
+report.html, training_curves.png, gallery.png, README.md. The table of test scores goes to stdout.
 """
 
 from __future__ import annotations
@@ -471,10 +471,13 @@ def main(argv: list[str] | None = None) -> int:
     validation = evaluation_at(kept, trainer.state) if kept else strip(trainer.evaluate(), "eval_")
     test = strip(trainer.predict(datasets["test"]).metrics, "test_")
     if trainer.is_world_process_zero():
-        names = {"encoder": args.encoder, "decoder": args.decoder, "freeze_encoder": args.freeze_encoder}
+        # Epochs, or true for all of them: infinity is no JSON.
+        names = {"encoder": args.encoder, "decoder": args.decoder, "freeze_encoder": frozen or args.freeze_encoder}
         run_folder.write(args.output_dir, trainer, splits["test"], validation, test, names, description, kept)
         print(table(validation, test))
         say(f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ...")
+    if training.push_to_hub:
+        trainer.push_to_hub()
     trainer.accelerator.end_training()
     return 0
 

@@ -9,6 +9,7 @@ Each is written whole or not at all, and the same input gives the same bytes.
 
 import math
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -35,6 +36,20 @@ SCORES = {
 }
 CIDER = {"eval_cider_d": ("CIDEr-D", "#7b3f8c", "D")}  # 0 to 10, about 1 for a good model: its own panel
 
+# What people call the scores that metrics.py computes, in the order of a table.
+SCORE_NAMES = {
+    "loss": "loss",
+    "bleu_1": "BLEU-1",
+    "bleu_2": "BLEU-2",
+    "bleu_3": "BLEU-3",
+    "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L",
+    "cider_d": "CIDEr-D",
+    "rouge_1": "ROUGE-1",
+    "rouge_2": "ROUGE-2",
+    "rouge_lsum": "ROUGE-Lsum",
+}
+
 CURVES_STYLE = {
     "font.family": "DejaVu Sans",  # ships with matplotlib, so the picture is the same everywhere
     "font.size": 10,
@@ -53,8 +68,8 @@ CURVES_STYLE = {
 LABEL_SIZE = 9.5  # points; the names at the ends of the lines
 
 
-def draw_curves(log_history: list[dict], path: str | Path, best_step: int | None = None) -> None:
-    """Draw the losses and the scores by epoch into one PNG (1500 pixels wide).
+def draw_curves(log_history: list[dict], path: str | Path | BinaryIO, best_step: int | None = None) -> None:
+    """Draw the losses and the scores by epoch into one PNG (1500 pixels wide), a file or a stream.
 
     `log_history` is `trainer.state.log_history`; `best_step` is the step of the checkpoint that was kept.
     """
@@ -63,6 +78,9 @@ def draw_curves(log_history: list[dict], path: str | Path, best_step: int | None
     with matplotlib.rc_context(CURVES_STYLE):
         figure = curves_figure(log_history, best_step)
         # Without "Software", which names matplotlib's version, in the file.
+        if hasattr(path, "write"):
+            figure.savefig(path, format="png", metadata={"Software": None})
+            return
         with replacing(Path(path)) as part:
             figure.savefig(part, format="png", metadata={"Software": None})
 

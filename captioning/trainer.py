@@ -19,6 +19,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioning import InputError
 from captioning.batch import IGNORED, LengthSampler, Pixels, packed_attention_mask
+from captioning.cli import printable
 from captioning.metrics import CiderReward, coco_scores
 from captioning.model import Bundle, decode, generate_tokens, is_cross_attention
 
@@ -213,7 +214,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.waited = self.evaluated = 0.0  # seconds spent waiting for data, and on evaluations
         for theirs in (ProgressCallback, PrinterCallback):  # they print dicts on stdout, which is for results
             self.remove_callback(theirs)
-        self.add_callback(Progress)
+        self.add_callback(Progress(self))
 
     # ---- batches
 
@@ -346,6 +347,14 @@ class CaptionTrainer(Seq2SeqTrainer):
         super()._save(output_dir, state_dict)
         self.bundle.image_processor.save_pretrained(output_dir or self.args.output_dir)
 
+    def save_model(self, output_dir=None, _internal_call=False):
+        # push_to_hub saves once more, perhaps after an evaluation in half precision: the folder holds better weights.
+        if output_dir is not None or not _internal_call:
+            super().save_model(output_dir, _internal_call)
+
+    def create_model_card(self, *args, **kwargs) -> None:
+        """Nothing: the run folder has a model card of its own."""
+
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
         if self.is_fsdp_enabled or self.is_deepspeed_enabled:
             return super()._load_from_checkpoint(resume_from_checkpoint, model)
@@ -436,7 +445,11 @@ def peak_memory(device: torch.device) -> int | None:
 
 
 class Progress(ProgressCallback):
-    """One progress bar for training, one line for each evaluation, both on stderr."""
+    """One progress bar for training, for each evaluation a line of scores and a few captions, all on stderr."""
+
+    def __init__(self, trainer: CaptionTrainer):
+        super().__init__()
+        self.trainer = trainer
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if not args.disable_tqdm:
@@ -466,6 +479,11 @@ class Progress(ProgressCallback):
         if "eval_loss" in logs:
             scores = "  ".join(f"{name} {logs['eval_' + key]:.3f}" for key, name in SHOWN if "eval_" + key in logs)
             tqdm.write(f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}", file=sys.stderr)
+            said = self.trainer.predictions
+            samples = sorted(said)[:: max(1, len(said) // SAMPLES)][:SAMPLES]  # the same ones every time
+            for image_id in samples:
+                tqdm.write(f"    image {image_id}: {printable(said[image_id])}", file=sys.stderr)
 
 
 SHOWN = (("bleu_1", "BLEU-1"), ("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider_d", "CIDEr-D"))
+SAMPLES = 3  # captions shown after each evaluation

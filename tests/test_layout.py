@@ -17,16 +17,18 @@ ALLOWED = {
     "explain": {"batch", "model"},
     "features": {"batch", "model"},
     "files": set(),
+    "html_report": {"metrics", "ptb", "report"},
     "images": set(),
     "metrics": {"ptb"},
     "model": set(),
     "ptb": set(),
     "report": set(),
-    "run_folder": {"metrics", "report"},
+    "run_folder": {"html_report", "metrics", "report"},
     "sample": set(),
-    "trainer": {"batch", "metrics", "model"},
+    "serve": {"cli", "explain", "images", "model", "report"},
+    "trainer": {"batch", "cli", "metrics", "model"},
 }
-WITHOUT_TORCH = ("cli", "coco", "files", "images", "metrics", "ptb", "report", "sample")
+WITHOUT_TORCH = ("cli", "coco", "files", "html_report", "images", "metrics", "ptb", "report", "sample")
 
 
 def siblings(path) -> set[str]:
