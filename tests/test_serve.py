@@ -1,0 +1,232 @@
+"""The page in the browser: its answers, its limits, and the page itself in a real one."""
+
+import http.client
+import importlib.util
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+
+import pytest
+from conftest import ROOT, script
+from httpserver import Server, body, status
+from PIL import Image
+
+from captioning import InputError, explain, images, model, serve
+
+
+@pytest.fixture(scope="module")
+def bundle(trained):
+    return model.load(trained)
+
+
+@pytest.fixture(scope="module")
+def photo(prepared):
+    return next((prepared / "sample" / "test2014").glob("*.jpg"))
+
+
+@pytest.fixture
+def captioner(bundle):
+    return serve.Captioner(bundle)
+
+
+def test_a_file_and_its_address_get_the_caption_of_the_command_line(captioner, bundle, trained, photo):
+    answer = captioner.file(str(photo))
+    expected = script("inference.py", f"--model_path={trained}", "--image_path", photo, "--device=cpu")
+    assert answer.caption == expected.stdout.strip() != "" and answer.message == ""
+    assert answer.alternatives.count("<tr>") == 1 + 3  # as many as the model has beams
+    assert answer.caption in answer.alternatives
+    assert 'alt="Where the model looked' in answer.explanation and "data:image/jpeg;base64," in answer.explanation
+    with Server({"/photo.jpg": body(photo.read_bytes())}) as server:
+        assert captioner.address(f"  {server.url('/photo.jpg')} ").caption == answer.caption
+
+
+def test_what_cannot_be_captioned_is_said_in_a_sentence(captioner, tmp_path):
+    (tmp_path / "notes.jpg").write_text("hello")
+    answer = captioner.file(str(tmp_path / "notes.jpg"))
+    assert "notes.jpg" in answer.message and str(tmp_path) not in answer.message
+    assert (answer.caption, answer.alternatives, answer.explanation) == ("", "", "")
+    assert captioner.file(None) == serve.Answer()
+    with Server({"/gone.jpg": status(404)}) as server:
+        assert "404" in captioner.address(server.url("/gone.jpg")).message
+
+
+@pytest.mark.parametrize("address", ["", None, "/etc/passwd", "file:///etc/passwd", "ftp://x/y.jpg", "x http://a/b"])
+def test_only_addresses_of_the_web_are_fetched(captioner, address, monkeypatch):
+    monkeypatch.setattr(images, "read_bytes", lambda *_, **__: pytest.fail("read"))
+    assert "begins with http://" in captioner.address(address).message
+
+
+def test_the_limits_are_those_of_the_command_line(captioner, tmp_path, monkeypatch):
+    Image.new("RGB", (300, 300)).save(tmp_path / "large.png")
+    monkeypatch.setitem(images.MAX_PIXELS, "PNG", 1000)
+    assert "too large for a PNG image" in captioner.file(str(tmp_path / "large.png")).message
+    with Server({"/big": body(bytes(5000))}) as server:
+        monkeypatch.setattr(images.read_bytes, "__kwdefaults__", {"max_bytes": 1000, "timeout": 5, "deadline": 5})
+        assert "larger than" in captioner.address(server.url("/big")).message
+
+
+def test_captions_are_escaped(captioner, photo, monkeypatch):
+    odd = '<script>"\x1b'
+    found = explain.explain(captioner.bundle, images.open_image(photo), 2)
+    for caption in found.alternatives:
+        caption.text = odd
+    for word in found.words:
+        word.text = odd
+    monkeypatch.setattr(explain, "explain", lambda *_: found)
+    answer = captioner.file(str(photo))
+    assert answer.caption == odd  # Gradio's text box shows text
+    for part in (answer.alternatives, answer.explanation):
+        assert "<script" not in part and "\x1b" not in part and "&lt;script&gt;&quot;" in part
+
+
+def test_a_second_request_waits_its_turn(captioner, photo, monkeypatch):
+    running, most = [], []
+    real = explain.explain
+
+    def watched(*arguments):
+        running.append(1)
+        most.append(len(running))
+        time.sleep(0.1)
+        try:
+            return real(*arguments)
+        finally:
+            running.pop()
+
+    monkeypatch.setattr(explain, "explain", watched)
+    threads = [threading.Thread(target=captioner.file, args=(str(photo),)) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == [1, 1, 1, 1]
+
+
+def test_without_gradio_it_says_what_to_install(trained, monkeypatch):
+    import inference
+
+    monkeypatch.setitem(sys.modules, "gradio", None)  # what an import of a missing package ends in
+    with pytest.raises(InputError, match=r"^--serve needs Gradio, which is not installed: pip install gradio$"):
+        inference.main([f"--model_path={trained}", "--serve"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--serve", "--image_path", "x.jpg"], "--image_path has no use with --serve"),
+        (["--serve", "--json"], "--json has no use with --serve"),
+        (["--serve", "--port", "70000"], "--port 70000 is not between"),
+        (["--image_path", "x.jpg", "--port", "8000"], "--port needs --serve"),
+        (["--image_path", "x.jpg", "--host", "0.0.0.0"], "--host needs --serve"),
+    ],
+)
+def test_flags_that_do_not_go_together(arguments, message, capsys):
+    import inference
+
+    with pytest.raises(SystemExit):
+        inference.main(arguments)
+    assert message in capsys.readouterr().err
+
+
+# ---- in a browser
+
+
+@pytest.fixture(scope="module")
+def page_address(trained):
+    """The page, served by the script as a user would."""
+    for package in ("gradio", "playwright"):
+        if importlib.util.find_spec(package) is None:
+            pytest.skip(f"needs {package}: pip install gradio playwright")
+    if chromium() is None:
+        pytest.skip("needs Chromium: apt-get install chromium")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, ROOT / "inference.py", f"--model_path={trained}", "--serve", f"--port={port}"]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    for line in process.stderr:
+        if "listening on" in line:
+            break
+    else:
+        pytest.fail(f"it ended with {process.wait()}")
+    yield f"http://127.0.0.1:{port}"
+    process.send_signal(2)  # Ctrl-C
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, out) == (130, "") and "Traceback" not in err
+
+
+def chromium() -> str | None:
+    return shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+
+
+@pytest.fixture
+def page(page_address):
+    from playwright.sync_api import sync_playwright
+
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
+        context = browser.new_context(viewport={"width": 1280, "height": 1000})
+        context.grant_permissions(["clipboard-read", "clipboard-write"])
+        page = context.new_page()
+        page.set_default_timeout(30_000)
+        page.goto(page_address)
+        page.locator("#url textarea, #url input").first.wait_for()
+        yield page
+        if folder := os.environ.get("SCREENSHOTS"):
+            page.screenshot(path=f"{folder}/{os.environ['PYTEST_CURRENT_TEST'].split('::')[1].split(' ')[0]}.png")
+        browser.close()
+
+
+@pytest.mark.slow
+def test_upload_caption_explanation_copy(page, trained, photo):
+    page.locator("input[type=file]").set_input_files(str(photo))
+    caption = page.locator("#caption textarea")
+    page.wait_for_function("document.querySelector('#caption textarea').value")
+    expected = script("inference.py", f"--model_path={trained}", "--image_path", photo).stdout.strip()
+    assert caption.input_value() == expected
+    picture = page.locator("#explanation img")
+    picture.wait_for()
+    assert page.evaluate("document.querySelector('#explanation img').naturalWidth") >= 1000
+    assert expected.split()[0] in picture.get_attribute("alt")
+    assert page.locator("#alternatives tbody tr").count() == 3
+    page.locator("#caption button").first.click()
+    page.wait_for_timeout(300)
+    assert page.evaluate("navigator.clipboard.readText()") == expected
+
+
+@pytest.mark.slow
+def test_a_bad_file_and_a_bad_address_show_a_readable_message(page, tmp_path, photo):
+    (tmp_path / "notes.jpg").write_text("hello")
+    page.locator("input[type=file]").set_input_files(str(tmp_path / "notes.jpg"))
+    message = page.locator("#message [role=alert]")
+    message.wait_for()
+    assert "notes.jpg" in message.inner_text() and "not a JPEG, PNG, WEBP, GIF or BMP image" in message.inner_text()
+    box = page.locator("#url textarea, #url input").first
+    box.fill("/etc/passwd")
+    page.get_by_role("button", name="Caption the address").click()
+    page.get_by_text("it begins with http://").wait_for()
+    # And a good one after that clears it.
+    with Server({"/photo.jpg": body(photo.read_bytes())}) as server:
+        box.fill(server.url("/photo.jpg"))
+        box.press("Enter")
+        page.locator("#explanation img").wait_for()
+    assert page.locator("#caption textarea").input_value()
+    assert page.locator("#message [role=alert]").count() == 0
+
+
+@pytest.mark.slow
+def test_nothing_but_the_page_itself_is_served_to_this_machine(page_address, page):
+    host, port = page_address.removeprefix("http://").split(":")
+    connection = http.client.HTTPConnection(host, int(port), timeout=10)
+    for path in ("/file=/etc/passwd", "/gradio_api/file=/etc/passwd", f"/gradio_api/file={ROOT / 'README.md'}"):
+        connection.request("GET", path)
+        response = connection.getresponse()
+        response.read()
+        assert response.status in (403, 404), path
+    with pytest.raises(OSError):  # not on the machine's other addresses
+        socket.create_connection((socket.gethostbyname(socket.gethostname()), int(port)), timeout=2).close()
+        if socket.gethostbyname(socket.gethostname()).startswith("127."):
+            raise OSError("this machine has no other address")
