@@ -351,7 +351,7 @@ def explanation_page(
 
     lines = wrap(caption, head, PAGE_WIDTH - 2 * MARGIN, CAPTION_LINES) or ["(empty)"]
     notes = [
-        "Orange: where the model looked when it chose the word (cross-attention). "
+        "Orange: where the model looked more than elsewhere when it chose the word (cross-attention). "
         "Bar: how probable it found the word, given the words before it."
     ]
     if seen.size != image.size:
@@ -403,8 +403,10 @@ def _lit(seen: Image.Image, attention) -> Image.Image:
     import numpy as np
 
     weights = np.asarray(attention, dtype=np.float32)
-    # Against the most attended patch, and by its square root: what has a quarter of it still shows.
-    strength = np.sqrt(np.clip(weights / max(float(weights.max()), 1e-12), 0, 1))
+    # What is above the average, so that even attention lights nothing; against the peak, or four times the average
+    # where there is no such peak; and by the square root, so that what has a quarter of the peak still shows.
+    average = float(weights.mean())
+    strength = np.sqrt(np.clip((weights - average) / max(float(weights.max()) - average, 3 * average, 1e-12), 0, 1))
     grid = Image.fromarray(strength).resize(seen.size, Image.Resampling.BICUBIC)
     mask = Image.fromarray((np.clip(np.asarray(grid), 0, 1) * 0.85 * 255).astype(np.uint8))
     grey = seen.convert("L").point([70 + round(value * 0.68) for value in range(256)]).convert("RGB")

@@ -27,8 +27,10 @@ from captioning.model import Bundle, resized_side
 
 CSS = """
 .message { border-left: 4px solid #c2410c; padding: .4rem .8rem; }
-.words img { width: 100%; max-width: 1040px; border-radius: 6px; background: #fff; }
-.alternatives td, .alternatives th { padding: .2rem 1rem .2rem 0; text-align: left; }
+.words { overflow-x: auto; }
+.words img { width: 100%; min-width: 700px; max-width: 1040px; border-radius: 6px; background: #fff; }
+.alternatives, .alternatives * { border: none !important; }
+.alternatives td, .alternatives th { padding: .2rem 1.2rem .2rem 0 !important; text-align: left; }
 """
 
 
@@ -143,9 +145,10 @@ def make_page(captioner: Captioner):
         # One limit for all three: the model does one thing at a time, and the queue shows who waits.
         rules = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
         shows = [message, caption, alternatives, explanation]
-        upload.upload(lambda path: shown(captioner.file(path)), upload, shows, **rules)
+        # The other input is emptied: the page shows one image's caption.
+        upload.upload(lambda path: (*shown(captioner.file(path)), ""), upload, [*shows, url], **rules)
         for event in (button.click, url.submit):
-            event(lambda address: shown(captioner.address(address)), url, shows, **rules)
+            event(lambda address: (*shown(captioner.address(address)), None), url, [*shows, upload], **rules)
     return page
 
 
@@ -194,4 +197,4 @@ def serve(bundle: Bundle, host: str, port: int, alternatives: int = 0, layers: S
             while True:
                 time.sleep(3600)
         finally:
-            page.close()
+            page.close(verbose=False)

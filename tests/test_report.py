@@ -275,7 +275,9 @@ def test_orange_lies_where_the_attention_is(grid):
 
 
 @pytest.mark.parametrize("attention", [np.zeros((7, 7)), np.full((7, 7), 1 / 49)])
-def test_even_attention_is_drawn(attention):
+def test_even_attention_lights_nothing(attention):
+    lit = np.asarray(report._lit(photograph(), attention), dtype=int)
+    assert (lit[:, :, 0] == lit[:, :, 2]).all()
     report.explanation_page(photograph(), "a", [{"text": "a", "probability": 1.0, "attention": attention}])
 
 

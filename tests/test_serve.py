@@ -66,7 +66,7 @@ def test_the_limits_are_those_of_the_command_line(captioner, tmp_path, monkeypat
     assert "too large for a PNG image" in captioner.file(str(tmp_path / "large.png")).message
     with Server({"/big": body(bytes(5000))}) as server:
         monkeypatch.setattr(images.read_bytes, "__kwdefaults__", {"max_bytes": 1000, "timeout": 5, "deadline": 5})
-        assert "larger than" in captioner.address(server.url("/big")).message
+        assert "more than 1,000 bytes" in captioner.address(server.url("/big")).message
 
 
 def test_captions_are_escaped(captioner, photo, monkeypatch):
