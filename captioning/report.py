@@ -254,56 +254,100 @@ def _save_page(page: Image.Image, path: str | Path) -> None:
 def gallery_page(items: list[dict], columns: int = 4) -> Image.Image:
     """The picture of `draw_gallery`, RGB; fewer items than columns make wider cells."""
     columns = max(1, min(columns, len(items)))
-    # 480: a lone picture is not blown up. 160: below that no caption can be read, so the page grows instead.
-    width = min(480, max(160, (PAGE_WIDTH - MARGIN) // columns - MARGIN))
-    height = width * 3 // 4  # of the box that a picture is fitted into; most photographs are 4:3
+    width = _cell_width(columns)
     bold, plain = _font("DejaVuSans-Bold.ttf", CAPTION_SIZE), _font("DejaVuSans.ttf", REFERENCE_SIZE)
-
-    # Lay out: a cell is its picture, its texts as (y below the cell's top, text, font, colour), its height.
-    titled = any(item.get("title") for item in items)
-    box_top = _line_height(plain) + 4 if titled else 0
     cells = []
     for item in items:
-        blocks = [
-            (wrap(item["caption"], bold, width, CAPTION_LINES) or ["(empty)"], bold, INK),
-            (
-                wrap(REFERENCE + (item["reference"].strip() or "(empty)"), plain, width, REFERENCE_LINES),
-                plain,
-                QUIET,
-            ),
-        ]
-        texts = [(0, line, plain, QUIET) for line in wrap(item.get("title") or "", plain, width, 1)]
-        y = box_top + height
-        for lines, font, colour in blocks:
-            y += 6
-            for line in lines:
-                texts.append((y, line, font, colour))
-                y += _line_height(font)
-        cells.append((item["image"], texts, y))
-    rows = [cells[i : i + columns] for i in range(0, len(cells), columns)]
-    row_heights = [max(bottom for _, _, bottom in row) for row in rows]
+        caption = wrap(item["caption"], bold, width, CAPTION_LINES) or ["(empty)"]
+        reference = wrap(REFERENCE + (item["reference"].strip() or "(empty)"), plain, width, REFERENCE_LINES)
+        cells.append((item["image"], item.get("title"), [(caption, bold, INK), (reference, plain, QUIET)]))
+    heading = [("model's caption", bold, INK), (REFERENCE + "a caption written by a person", plain, QUIET)]
+    return _sheet([(heading, cells)], columns)
 
-    # Draw.
-    head = MARGIN + _line_height(bold) + MARGIN
-    size = (MARGIN + columns * (width + MARGIN), head + sum(h + MARGIN for h in row_heights))
-    page = Image.new("RGB", size, GROUND)
+
+def draw_contact_sheet(kept: list[dict], dropped: list[dict], path: str | Path, counts: tuple[int, int]) -> None:
+    """Draw images that were kept, with a caption, and images that were dropped, with the reason, into one PNG.
+
+    Args:
+        kept: {"image": PIL.Image, "title": str, "caption": str} each.
+        dropped: {"image": PIL.Image | None, "title": str, "reason": str} each; None: it cannot be shown.
+        counts: how many were kept and dropped in all.
+    """
+    _save_page(contact_sheet_page(kept, dropped, counts), path)
+
+
+def contact_sheet_page(kept: list[dict], dropped: list[dict], counts: tuple[int, int], columns: int = 5) -> Image.Image:
+    """The picture of `draw_contact_sheet`, RGB, PAGE_WIDTH wide."""
+    width = _cell_width(columns)
+    bold, plain = _font("DejaVuSans-Bold.ttf", CAPTION_SIZE), _font("DejaVuSans.ttf", REFERENCE_SIZE)
+    sections = []
+    for name, items, count in (("kept", kept, counts[0]), ("dropped", dropped, counts[1])):
+        cells = []
+        for item in items:
+            if name == "kept":
+                text = (wrap(item["caption"], plain, width, CAPTION_LINES) or ["(empty)"], plain, INK)
+            else:
+                text = (wrap(item["reason"], bold, width, CAPTION_LINES), bold, "#8a3f02")
+            cells.append((item["image"], item["title"], [text]))
+        shown = f"{len(items):,} of {count:,} images" if len(items) < count else f"{count:,} images"
+        sections.append(([(name.capitalize(), bold, INK), (shown, plain, QUIET)], cells))
+    return _sheet(sections, columns)
+
+
+def _cell_width(columns: int) -> int:
+    # 480: a lone picture is not blown up. 160: below that no caption can be read, so the page grows instead.
+    return min(480, max(160, (PAGE_WIDTH - MARGIN) // columns - MARGIN))
+
+
+def _sheet(sections: list[tuple[list, list]], columns: int) -> Image.Image:
+    """A page of sections, each a heading and a grid of pictures above texts.
+
+    Args:
+        sections: (heading, cells) each. A heading is [(text, font, colour)], side by side; a cell is a picture (None:
+            an empty box), a line above it or None, and [(lines, font, colour)] below it.
+    """
+    width = _cell_width(columns)
+    height = width * 3 // 4  # of the box that a picture is fitted into; most photographs are 4:3
+    plain = _font("DejaVuSans.ttf", REFERENCE_SIZE)
+    titled = any(title for _, cells in sections for _, title, _ in cells)
+    box_top = _line_height(plain) + 4 if titled else 0
+
+    # Lay out: texts to draw as (x, y, text, font, colour), pictures as (x, y, picture), y from the top of the page.
+    texts, pictures, top = [], [], 0
+    for heading, cells in sections:
+        top += MARGIN
+        x = MARGIN
+        for text, font, colour in heading:
+            texts.append((x, top + heading[0][1].getmetrics()[0], text, font, colour))
+            x += font.getlength(text) + MARGIN
+        top += _line_height(heading[0][1]) + MARGIN
+        for start in range(0, len(cells), columns):
+            bottom = top
+            for column, (picture, title, blocks) in enumerate(cells[start : start + columns]):
+                x = MARGIN + column * (width + MARGIN)
+                pictures.append((x, top + box_top, picture))
+                for line in wrap(title or "", plain, width, 1):
+                    texts.append((x, top + plain.getmetrics()[0], line, plain, QUIET))
+                y = top + box_top + height
+                for lines, font, colour in blocks:
+                    y += 6
+                    for line in lines:
+                        texts.append((x, y + font.getmetrics()[0], line, font, colour))
+                        y += _line_height(font)
+                bottom = max(bottom, y)
+            top = bottom + MARGIN
+
+    page = Image.new("RGB", (MARGIN + columns * (width + MARGIN), top), GROUND)
     draw = ImageDraw.Draw(page)
-    legend = "model's caption"
-    baseline = MARGIN + bold.getmetrics()[0]
-    draw.text((MARGIN, baseline), legend, INK, bold, anchor="ls")
-    x = MARGIN + bold.getlength(legend) + MARGIN
-    draw.text((x, baseline), REFERENCE + "a caption written by a person", QUIET, plain, anchor="ls")
-    y = head
-    for row, row_height in zip(rows, row_heights, strict=True):
-        for column, (picture, texts, _) in enumerate(row):
-            x = MARGIN + column * (width + MARGIN)
-            draw.rectangle((x, y + box_top, x + width - 1, y + box_top + height - 1), BOX)
-            picture = fit(picture, width, height)
-            left, above = (width - picture.width) // 2, (height - picture.height) // 2
-            page.paste(picture, (x + left, y + box_top + above))
-            for text_y, text, font, colour in texts:
-                draw.text((x, y + text_y), text, colour, font)
-        y += row_height + MARGIN
+    for x, y, picture in pictures:
+        draw.rectangle((x, y, x + width - 1, y + height - 1), BOX)
+        if picture is None:
+            draw.text((x + width // 2, y + height // 2), "no picture", QUIET, plain, anchor="mm")
+            continue
+        picture = fit(picture, width, height)
+        page.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
+    for x, y, text, font, colour in texts:
+        draw.text((x, y), text, colour, font, anchor="ls")
     return page
 
 

@@ -262,7 +262,7 @@ def test_explanations_of_any_length_fill_the_page(count, size):
         assert grey.crop(box).getextrema() == (255, 255)
 
 
-@pytest.mark.parametrize("grid", [(14, 14), (7, 7), (16, 16), (8, 12), (1, 1)])
+@pytest.mark.parametrize("grid", [(14, 14), (7, 7), (16, 16), (8, 12), (1, 3)])
 def test_orange_lies_where_the_attention_is(grid):
     attention = np.zeros(grid)
     attention[0, grid[1] - 1] = 0.5
@@ -279,6 +279,22 @@ def test_even_attention_lights_nothing(attention):
     lit = np.asarray(report._lit(photograph(), attention), dtype=int)
     assert (lit[:, :, 0] == lit[:, :, 2]).all()
     report.explanation_page(photograph(), "a", [{"text": "a", "probability": 1.0, "attention": attention}])
+
+
+# Contact sheet
+
+
+def test_a_contact_sheet_shows_what_was_kept_and_what_was_dropped(tmp_path):
+    kept = [{"image": photograph(80, 60), "title": "train: a.jpg", "caption": WORDS} for _ in range(7)]
+    dropped = [{"image": None, "title": "b.jpg", "reason": "unreadable"}]
+    dropped += [{"image": photograph(60, 80, "L"), "title": "c" * 90, "reason": "mode L"}]
+    few = report.contact_sheet_page(kept, dropped, (7, 2))
+    assert few.width == pytest.approx(report.PAGE_WIDTH, abs=6)
+    assert report.contact_sheet_page(kept[:5], dropped, (7, 2)).height < few.height
+    assert report.contact_sheet_page(kept, [], (7, 0)).height < few.height
+    assert report.contact_sheet_page(kept, dropped, (1500, 2)).tobytes() != few.tobytes()  # "7 of 1,500 images"
+    report.draw_contact_sheet(kept, dropped, tmp_path / "sheet.png", (7, 2))
+    Image.open(tmp_path / "sheet.png").verify()
 
 
 def test_odd_words_are_drawn(tmp_path):

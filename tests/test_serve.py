@@ -4,6 +4,7 @@ import http.client
 import importlib.util
 import os
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -146,15 +147,25 @@ def page_address(trained):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     command = [sys.executable, ROOT / "inference.py", f"--model_path={trained}", "--serve", f"--port={port}"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        # As from a terminal, even where the tests run in the background, which ignores Ctrl-C.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )
     for line in process.stderr:
         if "listening on" in line:
             break
     else:
         pytest.fail(f"it ended with {process.wait()}")
     yield f"http://127.0.0.1:{port}"
-    process.send_signal(2)  # Ctrl-C
-    out, err = process.communicate(timeout=30)
+    process.send_signal(signal.SIGINT)
+    try:
+        out, err = process.communicate(timeout=30)
+    finally:
+        process.kill()
     assert (process.returncode, out) == (130, "") and "Traceback" not in err
 
 
