@@ -39,6 +39,7 @@ from captioning.files import write_whole
 
 SPLITS = ("train", "validation", "test")
 DESCRIPTION = "dataset.json"
+PREVIEWED = 5  # images of each split, and of each reason to drop one
 JPEG_QUALITY = 85  # 25 kB for a photograph of 256 x 341
 
 
@@ -77,6 +78,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         help="decides the tokenizer: a hub id, a folder, or a preset, which learns one from the training captions",
     )
     form.add_argument("--max_length", type=int, default=64, metavar="TOKENS", help="longest caption, its end included")
+    form.add_argument(
+        "--preview", type=Path, metavar="PNG", help="also draw images that were kept, and dropped ones with the reason"
+    )
     form.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes that prepare images")
     form.add_argument("--debug", action="store_true", help=cli.DEBUG_HELP)
     args = parser.parse_args(argv)
@@ -94,6 +98,10 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error(f"--max_length {args.max_length} leaves no room for a word and the end token; give 2 or more")
     if args.num_proc < 1:
         parser.error(f"--num_proc {args.num_proc} is no number of processes; give 1 or more")
+    if args.preview and (args.preview.is_dir() or not args.preview.parent.is_dir()):
+        parser.error(
+            f"--preview '{args.preview}' is a folder, or lies in none; name a PNG file in a folder that exists"
+        )
     if (args.karpathy_json is None) != (args.image_dir is None):
         parser.error("--karpathy_json and --image_dir belong together; give both")
     if sum((args.coco_dir is not None, args.karpathy_json is not None, args.sample)) > 1:
@@ -185,6 +193,7 @@ class Chosen:
 
     dropped: Counter = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)  # reason -> first file
+    shown: list[tuple[coco.Record, str]] = field(default_factory=list)  # dropped records and why, for --preview
     splits: dict[str, list[coco.Record]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
 
@@ -217,6 +226,8 @@ def choose(
                     if image.dropped:
                         chosen.dropped[image.dropped] += 1
                         chosen.examples.setdefault(image.dropped, record.file_name)
+                        if chosen.dropped[image.dropped] <= PREVIEWED:
+                            chosen.shown.append((record, image.dropped))
                         continue
                     keep(draw.split, record, image.data)
                     chosen.splits[draw.split].append(record)
@@ -364,6 +375,26 @@ def describe(splits, chosen: Chosen, truncated: int, args: argparse.Namespace, s
     }
 
 
+def draw_preview(path: Path, splits, chosen: Chosen) -> None:
+    """Write `--preview`: the first images of each split, and the first that were dropped for each reason."""
+    from captioning import report
+
+    kept, dropped = [], []
+    for split, rows in splits.items():
+        for row in rows.select(range(min(PREVIEWED, len(rows)))):
+            title = f"{split}, image {row['image_id']}"
+            kept.append({"image": row["image"], "title": title, "caption": row["captions"][0]})
+    for record, reason in sorted(chosen.shown, key=lambda pair: pair[1]):
+        try:
+            picture = images.open_image(record.path, min_side=256)
+        except InputError:
+            picture = None
+        dropped.append({"image": picture, "title": f"image {record.image_id}", "reason": reason})
+    counts = sum(map(len, splits.values())), sum(chosen.dropped.values())
+    report.draw_contact_sheet(kept, dropped, path, counts)
+    cli.note(f"preview written to {path}")
+
+
 def move_into_place(work: Path, target: Path) -> None:
     """Swap a finished folder for the one at `target`, which is ours or empty; hidden files there are kept."""
     old = work.with_name(work.name + ".old")
@@ -450,6 +481,8 @@ def main(argv: list[str] | None = None) -> int:
         description = describe(splits, chosen, truncated, args, source)
         (work / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
         shutil.rmtree(spool)  # still mapped: its rows stay readable until `splits` is gone
+        if args.preview:
+            draw_preview(args.preview, splits, chosen)
         summary = summarise(splits, chosen, truncated, args, work)
         del splits
         work.chmod(0o755)

@@ -15,7 +15,7 @@ from PIL import Image
 from test_coco import coco_folder, write
 
 import dataloader
-from captioning import InputError
+from captioning import InputError, report
 from captioning.model import load_tokenizer
 
 
@@ -96,6 +96,23 @@ def test_all_there_are_is_said_and_drops_are_counted_by_reason(coco_dir, tmp_pat
     out = capsys.readouterr().out
     assert "40 images: all there are (2,000 were asked for)" in out
     assert "6 mode L" in out
+
+
+def test_the_preview_shows_what_was_kept_and_what_was_dropped_and_why(coco_dir, tmp_path, monkeypatch):
+    drawn = []
+    real = report.draw_contact_sheet
+    monkeypatch.setattr(report, "draw_contact_sheet", lambda *arguments: (drawn.append(arguments), real(*arguments)))
+    prepare(coco_dir, tmp_path / "data", "--limit_data=0", "--preview", tmp_path / "preview.png")
+    kept, dropped, path, counts = drawn[0]
+    splits = load_from_disk(str(tmp_path / "data"))
+    assert len(kept) == 3 * 5 and {item["title"].split(",")[0] for item in kept} == {"train", "validation", "test"}
+    assert kept[0]["caption"] == splits["train"][0]["captions"][0]
+    assert counts == (sum(map(len, splits.values())), 10)
+    reasons = Counter(item["reason"] for item in dropped)
+    assert reasons == {"mode L": 5, "mode CMYK": 1, "missing": 1, "unreadable": 1, "no caption": 1}  # 5 of 6 grey ones
+    assert {item["reason"] for item in dropped if item["image"] is None} == {"missing", "unreadable"}
+    with Image.open(path) as sheet:
+        assert sheet.width == pytest.approx(1040, abs=6)
 
 
 def test_columns_follow_the_contract(coco_dir, tmp_path):
@@ -207,6 +224,7 @@ def test_a_failure_leaves_nothing_behind(coco_dir, tmp_path, monkeypatch):
         (["--val_share=0.6", "--test_share=0.6"], "leave no images to train on"),
         (["--max_length=1"], "--max_length 1 leaves no room"),
         (["--num_proc=0"], "--num_proc 0 is no number of processes"),
+        (["--preview=/no/such/folder/x.png"], "--preview '/no/such/folder/x.png' is a folder or lies in none"),
         (["--karpathy_json=x.json"], "belong together"),
         (["--sample", "--coco_dir=x"], "exclude each other"),
         (["--coco_dirr=x"], "unrecognized arguments"),
