@@ -386,19 +386,22 @@ def explanation_page(
     columns = min(range(3, 7), key=lambda n: -cells % n / cells + 0.5 * abs(math.log(n / math.sqrt(1.4 * cells))))
     width = (PAGE_WIDTH - MARGIN) // columns - MARGIN
     image = image.convert("RGB")
-    box = tuple(round(part * side) for part, side in zip(region, (*image.size, *image.size), strict=True))
-    seen = image.crop(box)
-    whole = image.convert("L").point([120 + round(value * 0.4) for value in range(256)]).convert("RGB")
-    whole.paste(seen, box[:2])
+    seen = image.crop(_box(region, image.size))
     # Cells as tall as the image needs, within reason.
     height = round(min(1.25 * width, max(0.6 * width, width * seen.height / seen.width)))
+    partly = seen.size != image.size
+    # At the size of a cell from here on: an image may have 50 million pixels, and be drawn for every word.
+    seen, whole = fit(seen, width, height), fit(image, width, height)
+    colours = whole.crop(_box(region, whole.size))
+    whole = whole.convert("L").point([120 + round(value * 0.4) for value in range(256)]).convert("RGB")
+    whole.paste(colours, _box(region, whole.size)[:2])
 
     lines = wrap(caption, head, PAGE_WIDTH - 2 * MARGIN, CAPTION_LINES) or ["(empty)"]
     notes = [
         "Orange: where the model looked more than elsewhere when it chose the word (cross-attention). "
         "Bar: how probable it found the word, given the words before it."
     ]
-    if seen.size != image.size:
+    if partly:
         notes.append("Grey in the first picture: outside of what the model saw.")
     legend = wrap(" ".join(notes), plain, PAGE_WIDTH - 2 * MARGIN, 4)
     first = MARGIN + len(lines) * _line_height(head) + 8 + len(legend) * _line_height(plain) + MARGIN
@@ -421,7 +424,6 @@ def explanation_page(
         x = MARGIN + number % columns * (width + MARGIN)
         y = first + number // columns * (height + text_height + MARGIN)
         draw.rectangle((x, y, x + width - 1, y + height - 1), BOX)
-        picture = fit(picture, width, height)
         page.paste(picture, (x + (width - picture.width) // 2, y + (height - picture.height) // 2))
         y += height + 6
         if word is None:
@@ -440,6 +442,13 @@ def explanation_page(
             draw.rectangle((bar[0], bar[1], bar[0] + filled, bar[3]), SCORES["eval_bleu_2"][1])
         draw.text((x + width, y), share, QUIET, plain, anchor="ra")
     return page
+
+
+def _box(region: tuple[float, float, float, float], size: tuple[int, int]) -> tuple[int, int, int, int]:
+    """Fractions of an image as pixels, a pixel wide and high at least."""
+    left, top, right, bottom = (round(part * side) for part, side in zip(region, (*size, *size), strict=True))
+    left, top = min(left, size[0] - 1), min(top, size[1] - 1)
+    return left, top, max(right, left + 1), max(bottom, top + 1)
 
 
 def _lit(seen: Image.Image, attention) -> Image.Image:

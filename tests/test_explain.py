@@ -81,6 +81,16 @@ def test_scores_are_those_of_beam_search(bundle):
         assert captions == sorted(captions, key=lambda caption: -caption.score)
 
 
+def test_scores_do_not_depend_on_how_many_captions_are_scored_together(bundle, monkeypatch):
+    values = pixel_values(bundle, picture(), picture().rotate(180), picture().rotate(90))
+    whole = explain.best_captions(bundle, values, 3)
+    monkeypatch.setattr(explain, "SCORED_TOGETHER", 4)  # ends in the middle of an image's captions
+    parts = explain.best_captions(bundle, values, 3)
+    for one, other in zip(whole, parts, strict=True):
+        assert [caption.text for caption in one] == [caption.text for caption in other]
+        assert [caption.score for caption in one] == pytest.approx([caption.score for caption in other], abs=1e-5)
+
+
 def test_log_probabilities_are_the_models_own(bundle):
     values = pixel_values(bundle, picture())
     caption = explain.best_captions(bundle, values)[0][0]

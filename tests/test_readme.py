@@ -30,6 +30,13 @@ def test_every_file_it_names_exists():
         assert (ROOT / path).is_file(), path
 
 
+def test_every_picture_is_there_and_small():
+    pictures = re.findall(r"!\[[^\]]+\]\((.+?)\)", README)
+    assert len(pictures) >= 3
+    for path in pictures:
+        assert 0 < (ROOT / path).stat().st_size < 300_000, path
+
+
 def test_the_layout_table_lists_every_module():
     for module in (ROOT / "captioning").glob("*.py"):
         assert module.stem == "__init__" or f"{module.stem}.py" in README, module.name

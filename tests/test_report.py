@@ -3,6 +3,7 @@
 import math
 import subprocess
 import sys
+import time
 
 import matplotlib
 import numpy as np
@@ -260,6 +261,13 @@ def test_explanations_of_any_length_fill_the_page(count, size):
     grey = page.convert("L")
     for box in ((0, 0, 18, page.height), (page.width - 12, 0, page.width, page.height)):
         assert grey.crop(box).getextrema() == (255, 255)
+
+
+def test_a_large_image_takes_no_longer_for_every_word():
+    began = time.perf_counter()
+    report.explanation_page(Image.new("RGB", (6000, 4000)), "a", words(40), region=(0.25, 0.25, 0.75, 0.75))
+    assert time.perf_counter() - began < 10  # drawn at the size of a cell, not of the image
+    report.explanation_page(photograph(3, 1000), "a", words(2), region=(0, 0.4999, 1, 0.5001))  # less than a pixel
 
 
 @pytest.mark.parametrize("grid", [(14, 14), (7, 7), (16, 16), (8, 12), (1, 3)])
