@@ -224,7 +224,7 @@ def test_a_failure_leaves_nothing_behind(coco_dir, tmp_path, monkeypatch):
         (["--val_share=0.6", "--test_share=0.6"], "leave no images to train on"),
         (["--max_length=1"], "--max_length 1 leaves no room"),
         (["--num_proc=0"], "--num_proc 0 is no number of processes"),
-        (["--preview=/no/such/folder/x.png"], "--preview '/no/such/folder/x.png' is a folder or lies in none"),
+        (["--preview=/no/such/folder/x.png"], "--preview '/no/such/folder/x.png' is a folder, or lies in none"),
         (["--karpathy_json=x.json"], "belong together"),
         (["--sample", "--coco_dir=x"], "exclude each other"),
         (["--coco_dirr=x"], "unrecognized arguments"),
