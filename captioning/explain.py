@@ -21,7 +21,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from captioning import InputError
 from captioning.batch import Pixels
-from captioning.model import Bundle, decode
+from captioning.model import Bundle, decode, generate_tokens
 
 SCORED_TOGETHER = 32  # captions: with GPT-2's vocabulary and 40 tokens their logits take 260 MB
 MOST_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches
@@ -93,8 +93,9 @@ def best_captions(bundle: Bundle, pixel_values: torch.Tensor, count: int = 1) ->
 
 def _search(bundle: Bundle, states: torch.Tensor, count: int) -> list[list[Caption]]:
     model, settings = bundle.model, bundle.model.generation_config
-    sequences = model.generate(
-        encoder_outputs=BaseModelOutput(states),
+    sequences = generate_tokens(
+        model,
+        states,
         num_beams=max(count, settings.num_beams or 1),
         num_return_sequences=count,
     )
