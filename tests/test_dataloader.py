@@ -255,7 +255,7 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path):
         f"--cache_dir={tmp_path}",
         "--coco_url=http://127.0.0.1:9",
     )
-    assert done.returncode == 2
+    assert done.returncode == 1, "running again may help"
     assert len(done.stderr.strip().splitlines()) == 1
     assert "--coco_dir" in done.stderr and "--sample" in done.stderr
     assert not (tmp_path / "out").exists()

@@ -13,7 +13,8 @@ SCRIPTS = {name: ROOT / f"{name}.py" for name in ("dataloader", "train", "infere
 ALLOWED = {
     "batch": set(),
     "cli": set(),
-    "coco": set(),
+    "coco": {"cli"},
+    "download": {"coco", "images"},
     "features": {"batch", "model"},
     "files": set(),
     "images": set(),
@@ -24,7 +25,7 @@ ALLOWED = {
     "sample": set(),
     "trainer": {"batch", "metrics", "model"},
 }
-WITHOUT_TORCH = ("cli", "coco", "files", "images", "metrics", "ptb", "report", "sample")
+WITHOUT_TORCH = ("cli", "coco", "download", "files", "images", "metrics", "ptb", "report", "sample")
 
 
 def siblings(path) -> set[str]:
