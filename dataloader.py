@@ -380,21 +380,32 @@ class SplitWriter:
         return DatasetDict({split: Dataset.from_file(str(self.folder / f"{split}.arrow")) for split in SPLITS})
 
 
+def columns(rows, name: str) -> Iterator[Any]:
+    """A column of a split, a `pyarrow.ChunkedArray` of up to 1024 rows at a time; other columns are not read."""
+    for table in rows.select_columns(name).with_format("arrow").iter(1024):
+        yield table[name]
+
+
 def tokenise(splits, tokenizer, max_length: int) -> tuple[Any, int]:
     """Add the column `labels`; returns the splits and how many captions were truncated."""
-    from datasets import DatasetDict, Features, List, Value
+    import pyarrow
+    from datasets import DatasetDict, List, Value
 
     from captioning.batch import encode_captions
 
     truncated, tokenised = 0, {}
+    kind = pyarrow.list_(pyarrow.list_(pyarrow.int32()))
     for split, rows in splits.items():
         labels = []
-        for captions in rows["captions"]:
-            ids, cut = encode_captions(tokenizer, captions, max_length)
-            labels.append(ids)
+        for column in columns(rows, "captions"):
+            images_captions = column.to_pylist()
+            # All captions at once: a call of the tokenizer costs more than a caption.
+            ids, cut = encode_captions(tokenizer, list(itertools.chain(*images_captions)), max_length)
+            rest = iter(ids)
+            labels.append(pyarrow.array([list(itertools.islice(rest, len(own))) for own in images_captions], kind))
             truncated += cut
-        rows = rows.add_column("labels", labels, feature=List(List(Value("int32"))))
-        rows = rows.cast(Features({**rows.features, "labels": List(List(Value("int32")))}))
+        column = pyarrow.chunked_array(labels, kind)
+        rows = rows.add_column("labels", column, feature=List(List(Value("int32"))))
         # The same arguments give the same bytes; a fingerprint drawn from object ids would not.
         rows._fingerprint = split
         tokenised[split] = rows
@@ -403,13 +414,17 @@ def tokenise(splits, tokenizer, max_length: int) -> tuple[Any, int]:
 
 def summarise(splits, chosen: Chosen, truncated: int, args: argparse.Namespace, folder: Path) -> str:
     """What a user wants to know of a data set before training on it."""
+    from pyarrow import compute
+
     lines = []
     counts, lengths = [], []
     for split, rows in splits.items():
-        per_image = [len(captions) for captions in rows["captions"]]
+        per_image = []
+        for column in columns(rows, "labels"):
+            per_image += compute.list_value_length(column).to_pylist()
+            lengths += compute.list_value_length(compute.list_flatten(column)).to_pylist()
         lines.append(f"{split:>12}  {len(rows):>7,} images  {sum(per_image):>8,} captions")
         counts += per_image
-        lengths += [len(caption) for captions in rows["labels"] for caption in captions]
     total = len(counts)
     wanted = f"{args.limit_data:,} were asked for" if args.limit_data > total else ""
     lines.append(f"{'in all':>12}  {total:>7,} images" + (f": all there are ({wanted})" if wanted else ""))
