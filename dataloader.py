@@ -338,6 +338,8 @@ def check_space(records: list[coco.Record], wanted: int, args: argparse.Namespac
 
 # ---- writing the folder
 
+SHARD_SIZE = 500_000_000  # bytes of one Arrow file, about
+
 
 class SplitWriter:
     """Spools the rows of each split to an Arrow file: memory does not grow with the number of images."""
@@ -371,45 +373,85 @@ class SplitWriter:
             }
         )
 
-    def finish(self):
-        """The three splits, memory-mapped."""
-        from datasets import Dataset, DatasetDict
-
+    def finish(self) -> dict[str, Path]:
+        """The file of each split, an Arrow stream."""
         for writer in self.writers.values():
             writer.finalize()
-        return DatasetDict({split: Dataset.from_file(str(self.folder / f"{split}.arrow")) for split in SPLITS})
+        return {split: self.folder / f"{split}.arrow" for split in SPLITS}
+
+
+def write_splits(spools: dict[str, Path], folder: Path, tokenizer, max_length: int) -> int:
+    """Copy the splits to `folder` with the column `labels`, as `datasets.load_from_disk` reads them.
+
+    A few hundred rows at a time, and read, not mapped: memory does not grow with the number of images, as it does in
+    `save_to_disk`.
+
+    Returns:
+        How many captions were truncated.
+    """
+    truncated = sum(write_split(spool, folder / split, tokenizer, max_length) for split, spool in spools.items())
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(spools)}), encoding="utf-8")
+    return truncated
+
+
+def write_split(spool: Path, folder: Path, tokenizer, max_length: int) -> int:
+    import pyarrow
+    from datasets import Dataset, Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    folder.mkdir()
+    shards, truncated, writer = [], 0, None
+    with pyarrow.OSFile(str(spool)) as file, pyarrow.ipc.open_stream(file) as batches:
+        features = Features({**Features.from_arrow_schema(batches.schema), "labels": List(List(Value("int32")))})
+        for batch in batches:
+            labels, cut = tokenise(batch["captions"], tokenizer, max_length)
+            truncated += cut
+            if writer is None:
+                shards.append(folder / f"{len(shards)}.arrow")
+                writer, size = ArrowWriter(features=features, path=str(shards[-1])), 0
+            table = pyarrow.Table.from_batches([batch]).append_column("labels", labels)
+            writer.write_table(table)
+            size += table.nbytes
+            if size > SHARD_SIZE:
+                writer.finalize()
+                writer = None
+    if writer is not None:
+        writer.finalize()
+
+    # What lies beside the rows is written by the library itself, for one row, and then names the files above.
+    rows = Dataset.from_file(str(shards[0])).select(range(1))
+    # The same arguments give the same bytes; a fingerprint drawn from object ids would not.
+    rows._fingerprint = folder.name
+    rows.save_to_disk(folder / "one")
+    names = [f"data-{number:05d}-of-{len(shards):05d}.arrow" for number in range(len(shards))]
+    for shard, name in zip(shards, names, strict=True):
+        shard.rename(folder / name)
+    state = json.loads((folder / "one" / "state.json").read_text(encoding="utf-8"))
+    state["_data_files"] = [{"filename": name} for name in names]
+    (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / "one" / "dataset_info.json").rename(folder / "dataset_info.json")
+    shutil.rmtree(folder / "one")
+    return truncated
+
+
+def tokenise(captions, tokenizer, max_length: int) -> tuple[Any, int]:
+    """Captions, a list of each image's in Arrow -> their token ids likewise, and how many were truncated."""
+    import pyarrow
+
+    from captioning.batch import encode_captions
+
+    of_images = captions.to_pylist()
+    # All of them at once: a call of the tokenizer costs more than a caption.
+    ids, truncated = encode_captions(tokenizer, list(itertools.chain(*of_images)), max_length)
+    rest = iter(ids)
+    labels = [list(itertools.islice(rest, len(own))) for own in of_images]
+    return pyarrow.array(labels, pyarrow.list_(pyarrow.list_(pyarrow.int32()))), truncated
 
 
 def columns(rows, name: str) -> Iterator[Any]:
     """A column of a split, a `pyarrow.ChunkedArray` of up to 1024 rows at a time; other columns are not read."""
     for table in rows.select_columns(name).with_format("arrow").iter(1024):
         yield table[name]
-
-
-def tokenise(splits, tokenizer, max_length: int) -> tuple[Any, int]:
-    """Add the column `labels`; returns the splits and how many captions were truncated."""
-    import pyarrow
-    from datasets import DatasetDict, List, Value
-
-    from captioning.batch import encode_captions
-
-    truncated, tokenised = 0, {}
-    kind = pyarrow.list_(pyarrow.list_(pyarrow.int32()))
-    for split, rows in splits.items():
-        labels = []
-        for column in columns(rows, "captions"):
-            images_captions = column.to_pylist()
-            # All captions at once: a call of the tokenizer costs more than a caption.
-            ids, cut = encode_captions(tokenizer, list(itertools.chain(*images_captions)), max_length)
-            rest = iter(ids)
-            labels.append(pyarrow.array([list(itertools.islice(rest, len(own))) for own in images_captions], kind))
-            truncated += cut
-        column = pyarrow.chunked_array(labels, kind)
-        rows = rows.add_column("labels", column, feature=List(List(Value("int32"))))
-        # The same arguments give the same bytes; a fingerprint drawn from object ids would not.
-        rows._fingerprint = split
-        tokenised[split] = rows
-    return DatasetDict(tokenised), truncated
 
 
 def summarise(splits, chosen: Chosen, truncated: int, args: argparse.Namespace, folder: Path) -> str:
@@ -576,6 +618,7 @@ def prepare_folder(work: Path, args: argparse.Namespace) -> str:
     draws = plan(pools, args)
     cli.note(f"{source}: {sum(map(len, pools.values())):,} images to choose from")
 
+    from datasets import load_from_disk
     from datasets.utils.logging import disable_progress_bar
 
     from captioning import model
@@ -601,13 +644,13 @@ def prepare_folder(work: Path, args: argparse.Namespace) -> str:
         tokenizer = model.train_tokenizer(captions, model.VOCABULARY[args.decoder])
     cli.note(f"tokenizer: {len(tokenizer):,} tokens, {args.decoder}")
 
-    splits, truncated = tokenise(writer.finish(), tokenizer, args.max_length)
-    splits.save_to_disk(work, max_shard_size="500MB")
+    truncated = write_splits(writer.finish(), work, tokenizer, args.max_length)
+    shutil.rmtree(spool)
     tokenizer.save_pretrained(work)
     image_processor.save_pretrained(work)
+    splits = load_from_disk(str(work))
     description = describe(splits, chosen, truncated, args, source)
     (work / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-    shutil.rmtree(spool)  # still mapped: its rows stay readable until `splits` is gone
     return summarise(splits, chosen, truncated, args, work)
 
 
