@@ -135,6 +135,11 @@ def plan(pools: dict[str, list[coco.Record]], args: argparse.Namespace) -> list[
     validation, test = (max(1, round(limit * share)) for share in (args.val_share, args.test_share))
     if "val2014" in pools:
         available = len(pools["val2014"])
+        if available < 2:
+            raise InputError(
+                f"captions_val2014.json lists {available} images and validation and test need one each; "
+                "give COCO 2014 with both of its parts"
+            )
         if validation + test > available:
             validation = max(1, available * validation // (validation + test))
             test = available - validation
@@ -519,7 +524,10 @@ def work_folder(target: Path) -> Iterator[Path]:
 
     What a run that was killed left there is cleared away, and a folder that it had just set aside is put back.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--save_path '{target}' lies below a file; name another folder") from None
     work = target.with_name(f".{target.name}.partial")
     with locked_folder(work) as ours:
         if not ours:
@@ -583,6 +591,8 @@ def read_source(
     if args.coco_dir:
         return coco.read_coco(args.coco_dir), "COCO 2014 from a folder"
     url, cache = args.coco_url.rstrip("/"), args.cache_dir.expanduser()
+    if not _existing(cache).is_dir():
+        raise InputError(f"--cache_dir '{cache}' is a file, or lies below one; name another folder")
     if shutil.disk_usage(_existing(cache)).free < CAPTIONS_SIZE:
         raise InputError(
             f"--cache_dir '{cache}' has no room for the captions ({CAPTIONS_SIZE / 1e6:.0f} MB); make some"

@@ -27,7 +27,7 @@ def run(main: Callable[[], int | None]) -> None:
         if "--debug" in sys.argv:
             raise
         name = sys.argv[0].rsplit("/", 1)[-1]
-        print(f"{name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
         code = getattr(error, "exit_code", 2)
     except BrokenPipeError:
         # The reader (head, say) has gone. Nothing more can be said to it, not even at interpreter exit.
