@@ -30,10 +30,10 @@ from captioning import InputError, images
 from captioning.coco import NO_NETWORK_HINT, PARTS, Record
 from captioning.files import remove_leftovers, replacing, write_whole
 
-ANNOTATIONS_ZIP = "annotations/annotations_trainval2014.zip"  # 241 MB, of which the captions are 19
+ANNOTATIONS_ZIP = "annotations/annotations_trainval2014.zip"  # 241 MB, the captions a small part of it
 ANNOTATIONS = [f"annotations/captions_{part}.json" for part in PARTS]
 MAX_ARCHIVE = 1_000_000_000  # bytes
-MAX_ANNOTATIONS = 500_000_000  # bytes of one unpacked file; COCO's are 66 and 32 MB
+MAX_ANNOTATIONS = 500_000_000  # bytes of one unpacked file
 
 CONNECTIONS = 8
 RETRIES = 8  # with the waits below a minute and a half
@@ -152,35 +152,35 @@ def fetch_images(records: Sequence[Record], client: Client, connections: int = C
                 record = next(waiting, None)
             if record is None:
                 return
+            began = time.monotonic()
             try:
-                results.put((record, _fetch_image(record, client), None))
+                results.put((record, began, _fetch_image(record, client), None))
             except Exception as error:
-                results.put((record, 0, error))
+                results.put((record, began, 0, error))
 
     threads = [threading.Thread(target=work, name="images", daemon=True) for _ in range(min(connections, len(wanted)))]
     failed: dict[int, str] = {}
     in_a_row, received, began = 0, 0, time.monotonic()
+    arrived = began  # when the last image did
     try:
         for thread in threads:
             thread.start()
         with tqdm(total=len(wanted), unit="image", desc="fetching", file=sys.stderr) as bar:
             for _ in wanted:
-                record, size, error = results.get()
-                if error and not isinstance(error, images.FetchError):
-                    raise error
-                in_a_row = in_a_row + 1 if error else 0
-                if error:
+                record, asked, size, error = results.get()
+                if error is None:
+                    in_a_row, arrived, received = 0, time.monotonic(), received + size
+                elif isinstance(error, images.FetchError):
+                    in_a_row += 1
                     failed[record.image_id] = error.reason
-                    if not error.reachable or in_a_row == FAILURES_IN_A_ROW:
-                        why = (
-                            f"{error}"
-                            if not error.reachable
-                            else f"{in_a_row} images in a row failed, the last: {error}"
-                        )
+                    # That server is gone, not this image alone, if nothing else came either.
+                    if in_a_row == FAILURES_IN_A_ROW or (not error.reachable and arrived < asked):
                         raise Unfinished(
-                            f"stopped fetching, for {why}; {_kept(wanted)}, and the same command goes on from there"
+                            f"stopped after {in_a_row} failures in a row, the last: {error}; {_kept(wanted)}, and the "
+                            "same command goes on from there"
                         )
-                received += size
+                else:
+                    raise error
                 bar.set_postfix_str(f"{received / 1e6 / max(time.monotonic() - began, 1e-3):.1f} MB/s", refresh=False)
                 bar.update()
     except BaseException:
