@@ -350,22 +350,24 @@ class RemoteFile(RawIOBase):
         if self.at >= self.total:
             return 0
         start = self.at - self.at % BLOCK
-        block = self.blocks / str(start)
-        if not block.is_file():
-            last = min(start + BLOCK, self.total) - 1
-            answer = self.client.get(self.address, span=(start, last), max_bytes=BLOCK)
-            if (answer.total, answer.version, len(answer.data)) != (self.total, self.version, last + 1 - start):
-                message = f"{images.shown(self.address)} changed while it was read; try again"
-                raise images.FetchError(message, "changed")
-            write_whole(block, answer.data)
-            if self.bar is not None:
-                self.bar.update(len(answer.data))
-        with block.open("rb") as file:
-            file.seek(self.at - start)
-            data = file.read(len(buffer))
+        try:
+            block = (self.blocks / str(start)).read_bytes()
+        except FileNotFoundError:  # not fetched yet, or forgotten by another run that has finished
+            block = self._fetch(start)
+        data = block[self.at - start :][: len(buffer)]
         buffer[: len(data)] = data
         self.at += len(data)
         return len(data)
+
+    def _fetch(self, start: int) -> bytes:
+        last = min(start + BLOCK, self.total) - 1
+        answer = self.client.get(self.address, span=(start, last), max_bytes=BLOCK)
+        if (answer.total, answer.version, len(answer.data)) != (self.total, self.version, last + 1 - start):
+            raise images.FetchError(f"{images.shown(self.address)} changed while it was read; try again", "changed")
+        write_whole(self.blocks / str(start), answer.data)
+        if self.bar is not None:
+            self.bar.update(len(answer.data))
+        return answer.data
 
     def forget(self) -> None:
         """Remove the blocks."""

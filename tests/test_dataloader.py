@@ -3,6 +3,7 @@
 import filecmp
 import io
 import json
+import os
 import random
 import zipfile
 from collections import Counter
@@ -197,32 +198,15 @@ def test_a_failure_leaves_nothing_behind(coco_dir, tmp_path, monkeypatch):
     assert sum(map(len, load_from_disk(str(save_path)).values())) == 10
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--limit_data=-1"], "--limit_data -1 is negative"),
-        (["--limit_data=2"], "--limit_data 2 is too few"),
-        (["--limit_data=many"], "invalid int value: 'many'"),
-        (["--val_share=0"], "--val_share 0.0 is not between 0 and 1"),
-        (["--val_share=0.6", "--test_share=0.6"], "leave no images to train on"),
-        (["--max_length=1"], "--max_length 1 leaves no room"),
-        (["--num_proc=0"], "--num_proc 0 is no number of processes"),
-        (["--karpathy_json=x.json"], "belong together"),
-        (["--sample", "--coco_dir=x"], "exclude each other"),
-        (["--coco_dirr=x"], "unrecognized arguments"),
-    ],
-)
-def test_bad_arguments_exit_with_2_and_name_the_value(arguments, message, capsys):
-    with pytest.raises(SystemExit) as stopped:
-        dataloader.parse_arguments(arguments)
-    assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+def die(record, short_side):
+    os._exit(1)
 
 
-def test_no_usable_image_is_an_error(tmp_path):
-    coco_folder(tmp_path / "coco", {1: ["a"]}, {2: ["b"], 3: ["c"]})
-    with pytest.raises(InputError, match="no usable image for train \\(dropped: 3 missing\\)"):
-        prepare(tmp_path / "coco", tmp_path / "out")
+def test_a_killed_process_ends_the_run_in_one_sentence(coco_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataloader, "prepare_image", die)
+    with pytest.raises(InputError, match="one of --num_proc 2 processes was killed"):
+        prepare(coco_dir, tmp_path / "out", "--num_proc", 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_sample_as_a_user_prepares_it(prepared):
