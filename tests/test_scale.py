@@ -18,33 +18,37 @@ from pathlib import Path
 sys.path[:0] = ["tests/benchmarks"]
 import dataloader, scale
 
+def peak():
+    return Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
+
 with tempfile.TemporaryDirectory() as folder:
     file = Path(folder) / "x.jpg"
     file.touch()
     captions = [f"a {colour} {thing} beside {number} others" for colour in ("red", "green")
                 for thing in ("dog", "cat", "bus") for number in range(300)]
-    scale.lay_out(Path(folder) / "coco", [file], captions, float(sys.argv[1]))
     data = os.urandom(25_000)
     dataloader.prepare_image = lambda record, short_side: dataloader.Prepared(bytes(data))
-    arguments = ["--limit_data=0", "--encoder=tiny", "--decoder=tiny", "--num_proc=1"]
-    dataloader.main([f"--coco_dir={folder}/coco", f"--save_path={folder}/out", *arguments])
-print(Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0])
+    peaks = []
+    for share in sys.argv[1:]:
+        root = Path(folder) / share
+        scale.lay_out(root, [file], captions, float(share))
+        arguments = ["--limit_data=0", "--encoder=tiny", "--decoder=tiny", "--num_proc=1"]
+        dataloader.main([f"--coco_dir={root}", f"--save_path={folder}/out", *arguments])
+        peaks.append(peak())
+print(*peaks)
 """
-
-
-def peak(share: float) -> float:
-    """Megabytes."""
-    done = subprocess.run(
-        [sys.executable, "-c", RUN, str(share)], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    assert f"in all  {round(82_783 * share) + round(40_504 * share):>7,} images" in done.stdout
-    return int(done.stdout.split()[-1]) / 1000
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from Linux's /proc")
 def test_memory_stays_under_the_bound_at_full_size():
-    small, large = peak(1 / 128), peak(1 / 32)
-    full = large + (large - small) / (FULL / 32 - FULL / 128) * (FULL - FULL / 32)
+    shares = (1 / 128, 1 / 32)
+    command = [sys.executable, "-c", RUN, *map(str, shares)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    counts = [round(82_783 * share) + round(40_504 * share) for share in shares]
+    for count in counts:
+        assert f"in all  {count:>7,} images" in done.stdout
+    small, large = (int(peak) / 1000 for peak in done.stdout.splitlines()[-1].split())
+    full = large + (large - small) / (counts[1] - counts[0]) * (FULL - counts[1])
     print(f"{small:.0f} MB, {large:.0f} MB, {full:.0f} MB expected at full size")
     assert full < 1500

@@ -14,6 +14,7 @@ import argparse
 import json
 import os
 import random
+import resource
 import subprocess
 import sys
 import tempfile
@@ -42,8 +43,10 @@ def main(argv: list[str] | None = None) -> list[dict]:
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         files, captions = source(args.images, Path(folder) / "originals")
         print(f"{os.cpu_count()} cores, {args.num_proc} processes, {len(files)} files", file=sys.stderr)
-        print("| images | captions | seconds | images/s | peak MB | without mapped files | folder MB | rows/s read |")
-        print("|---:|---:|---:|---:|---:|---:|---:|---:|")
+        names = ["images", "captions", "seconds", "images/s", "CPU ms per image"]
+        names += ["peak MB", "without mapped files", "folder MB", "rows/s read"]
+        print(f"| {' | '.join(names)} |")
+        print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
         for share in args.shares:
             root = Path(folder) / f"coco{share}"
             counts = lay_out(root, files, captions, share)
@@ -51,7 +54,8 @@ def main(argv: list[str] | None = None) -> list[dict]:
             results.append({"images": sum(images for images, _ in counts), **result})
             speed = results[-1]["images"] / result["seconds"]
             row = [sum(column) for column in zip(*counts, strict=True)] + [result["seconds"], speed]
-            row += [result[name] for name in ("peak", "anonymous", "size", "rows")]
+            result["cpu"] /= results[-1]["images"]
+            row += [result[name] for name in ("cpu", "peak", "anonymous", "size", "rows")]
             print("| " + " | ".join(f"{value:,.0f}" for value in row) + " |", flush=True)
     return results
 
@@ -119,7 +123,7 @@ def measure(root: Path, out: Path, args: argparse.Namespace) -> dict[str, float]
     command = [sys.executable, str(ROOT / "dataloader.py"), f"--coco_dir={root}", "--limit_data=0"]
     command += [f"--save_path={out}", f"--encoder={args.encoder}", f"--decoder={args.decoder}"]
     command += [f"--num_proc={args.num_proc}"]
-    began = time.monotonic()
+    began, busy = time.monotonic(), cpu_seconds()
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
     peak = anonymous = 0
     while process.poll() is None:
@@ -128,15 +132,22 @@ def measure(root: Path, out: Path, args: argparse.Namespace) -> dict[str, float]
         time.sleep(0.2)
     if process.returncode:
         raise SystemExit(f"dataloader.py ended with {process.returncode}")
-    seconds = time.monotonic() - began
+    seconds, busy = time.monotonic() - began, cpu_seconds() - busy
     size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
     return {
         "seconds": seconds,
+        "cpu": 1000 * busy,
         "peak": peak / 1e3,
         "anonymous": anonymous / 1e3,
         "size": size / 1e6,
         "rows": rows_per_second(out),
     }
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have ended, their children included: other work on the machine does not change it much."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def memory(session: int) -> tuple[int, int]:
