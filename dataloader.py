@@ -21,12 +21,13 @@ import multiprocessing
 import os
 import random
 import shutil
+import signal
 import statistics
 import sys
-import tempfile
-from collections import Counter
-from collections.abc import Callable
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
@@ -34,13 +35,16 @@ from typing import Any
 
 from PIL import Image
 
-from captioning import InputError, cli, coco, images, sample
-from captioning.files import write_whole
+from captioning import InputError, cli, coco, download, images, sample
+from captioning.files import locked_folder
 
 SPLITS = ("train", "validation", "test")
 DESCRIPTION = "dataset.json"
 PREVIEWED = 5  # images of each split, and of each reason to drop one
 JPEG_QUALITY = 85  # 25 kB for a photograph of 256 x 341
+# For the check of free space, bytes: an image of COCO 2014, the captions of both parts, and a prepared image, which
+# is there twice before the folder is finished.
+FETCHED_SIZE, CAPTIONS_SIZE, PREPARED_SIZE = 165_000, 120_000_000, 2 * 30_000
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
@@ -56,7 +60,15 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--sample", action="store_true", help="draw a small data set instead; needs no network")
     source.add_argument("--coco_url", default=coco.COCO_URL, help="the server that COCO 2014 is fetched from")
     source.add_argument(
-        "--cache_dir", type=Path, default=Path("~/.cache/captioning/coco2014"), help="keeps what was fetched"
+        "--cache_dir",
+        type=Path,
+        default=Path("~/.cache/captioning/coco2014"),
+        help="keeps what was fetched; laid out as a --coco_dir",
+    )
+    source.add_argument(
+        "--skip_missing",
+        action="store_true",
+        help="take other images in the place of those that the server does not have, instead of stopping",
     )
 
     choice = parser.add_argument_group("which images")
@@ -106,6 +118,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         parser.error("--karpathy_json and --image_dir belong together; give both")
     if sum((args.coco_dir is not None, args.karpathy_json is not None, args.sample)) > 1:
         parser.error("--coco_dir, --karpathy_json and --sample exclude each other; give one")
+    scheme, _, host = args.coco_url.partition("://")
+    if scheme.lower() not in ("http", "https") or not host:
+        parser.error(f"--coco_url {images.shown(args.coco_url)} is not an http or https address")
     return args
 
 
@@ -128,6 +143,11 @@ def plan(pools: dict[str, list[coco.Record]], args: argparse.Namespace) -> list[
     validation, test = (max(1, round(limit * share)) for share in (args.val_share, args.test_share))
     if "val2014" in pools:
         available = len(pools["val2014"])
+        if available < 2:
+            raise InputError(
+                f"captions_val2014.json lists {available} images and validation and test need one each; "
+                "give COCO 2014 with both of its parts"
+            )
         if validation + test > available:
             validation = max(1, available * validation // (validation + test))
             test = available - validation
@@ -162,18 +182,15 @@ def prepare_image(record: coco.Record, short_side: int) -> Prepared:
 
     The shorter side becomes `short_side` pixels where it is longer.
     """
-    if not any(caption.strip() for caption in record.captions):
+    if not record.has_caption():
         return Prepared(dropped="no caption")
+    if not record.is_there():
+        return Prepared(dropped="not fetched" if record.url else "missing")
     try:
-        if record.path.is_file() or not record.url:
-            data = images.read_bytes(record.path)
-        else:
-            data = images.read_bytes(record.url)
-            write_whole(record.path, data)
+        data = images.read_bytes(record.path)
         picture = images.decode(data, str(record.path), min_side=short_side)
     except InputError:
-        missing = not record.path.is_file()
-        return Prepared(dropped=("not fetched" if record.url else "missing") if missing else "unreadable")
+        return Prepared(dropped="unreadable")
     if picture.mode != "RGB":
         return Prepared(dropped=f"mode {picture.mode}")
     shorter = min(picture.size)
@@ -197,32 +214,61 @@ class Chosen:
     splits: dict[str, list[coco.Record]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
 
+class Pools:
+    """The records of each pool in seeded order, each taken once."""
+
+    def __init__(self, pools: dict[str, list[coco.Record]], seed: int):
+        self.queues = {}
+        for name, records in pools.items():
+            shuffled = list(records)
+            random.Random(f"{seed} {name}").shuffle(shuffled)
+            self.queues[name] = deque(shuffled)
+
+    def take(self, pool: str, count: int) -> list[coco.Record]:
+        queue = self.queues[pool]
+        return [queue.popleft() for _ in range(min(count, len(queue)))]
+
+    def first_choice(self, draws: list[Draw]) -> list[coco.Record]:
+        """What `draws` would take if every image could be used; nothing is taken."""
+        found, used = [], Counter()
+        for draw in draws:
+            wanted = draw.wanted
+            for pool in draw.pools:
+                part = list(itertools.islice(self.queues[pool], used[pool], used[pool] + wanted))
+                used[pool] += len(part)
+                wanted -= len(part)
+                found += part
+        return [record for record in found if record.has_caption()]
+
+
 def choose(
-    pools: dict[str, list[coco.Record]],
+    pools: Pools,
     draws: list[Draw],
     work: Callable[[coco.Record], Prepared],
     args: argparse.Namespace,
     keep: Callable[[str, coco.Record, bytes], None],
+    fetch: Callable[[list[coco.Record]], None],
 ) -> Chosen:
-    """Go through the pools in seeded order until every draw has its images; `keep` receives each one.
+    """Go through the pools until every draw has its images; `keep` receives each one.
 
-    Results are taken in that order, whatever the number of processes, and so the data set is the same.
+    Results are taken in the pools' order, whatever the number of processes, and so the data set is the same.
     """
     from tqdm import tqdm
 
     chosen = Chosen()
-    streams = {}
-    for name, records in pools.items():
-        shuffled = list(records)
-        random.Random(f"{args.seed} {name}").shuffle(shuffled)
-        streams[name] = iter(shuffled)
+    fetch(pools.first_choice(draws))
 
     def take(draw: Draw) -> None:
         for pool in draw.pools:
             # No more records than are still wanted, so that nothing is read (or fetched) for naught; and no more
             # than a thousand, which bounds the memory.
-            while batch := list(itertools.islice(streams[pool], min(draw.wanted, 1024))):
+            while batch := pools.take(pool, min(draw.wanted, 1024)):
+                fetch([record for record in batch if record.has_caption()])
                 for record, image in zip(batch, prepare(batch), strict=True):
+                    if image.dropped == "unreadable" and record.url:  # damaged since it was fetched
+                        record.path.unlink()
+                        fetch([record])
+                        image = work(record)
                     if image.dropped:
                         chosen.dropped[image.dropped] += 1
                         chosen.examples.setdefault(image.dropped, record.file_name)
@@ -238,24 +284,77 @@ def choose(
         if args.num_proc > 1:
             # spawn: a fork of a process whose libraries run threads can hang.
             context = multiprocessing.get_context("spawn")
-            executor = stack.enter_context(ProcessPoolExecutor(args.num_proc, mp_context=context))
+            executor = stack.enter_context(
+                ProcessPoolExecutor(args.num_proc, mp_context=context, initializer=_leave_interrupts_to_the_parent)
+            )
             prepare = functools.partial(executor.map, work, chunksize=8)
         else:
             prepare = functools.partial(map, work)
         total = sum(draw.wanted for draw in draws)
         bar = stack.enter_context(tqdm(total=total, unit="image", desc="images", file=sys.stderr))
-        for draw in draws:
-            take(draw)
-        # Images dropped from a pool that has run dry are replaced from whatever another still holds.
-        short = sum(draw.wanted for draw in draws)
-        for draw in sorted(draws, key=lambda draw: draw.split != "train"):
-            draw.wanted = short
-            take(draw)
-            short = draw.wanted
+        try:
+            for draw in draws:
+                take(draw)
+            # Images dropped from a pool that has run dry are replaced from whatever another still holds.
+            short = sum(draw.wanted for draw in draws)
+            for draw in sorted(draws, key=lambda draw: draw.split != "train"):
+                draw.wanted = short
+                take(draw)
+                short = draw.wanted
+        except BrokenProcessPool:
+            raise InputError(
+                f"one of --num_proc {args.num_proc} processes was killed, for want of memory perhaps; give fewer"
+            ) from None
     return chosen
 
 
+def _leave_interrupts_to_the_parent() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+
+def fetcher(client: download.Client, args: argparse.Namespace) -> Callable[[list[coco.Record]], None]:
+    """What fetches the images of records, and ends the run when some cannot be had, unless --skip_missing is given."""
+    given_up: set[int] = set()
+
+    def fetch(records: list[coco.Record]) -> None:
+        failed = download.fetch_images([record for record in records if record.image_id not in given_up], client)
+        if not failed:
+            return
+        cli.note(f"{len(failed):,} images could not be fetched, by reason and id:")
+        for line in download.list_failures(failed):
+            cli.note(f"  {line}")
+        if not args.skip_missing:
+            raise download.Unfinished(
+                f"{len(failed):,} images could not be fetched (listed above); what was fetched is kept in "
+                f"'{args.cache_dir}': run the same command again to try them again, or add --skip_missing to take "
+                "other images in their place"
+            )
+        given_up.update(failed)
+
+    return fetch
+
+
+def check_space(records: list[coco.Record], wanted: int, args: argparse.Namespace) -> None:
+    """Refuse to begin what the disks cannot hold: `records` to fetch, `wanted` images to store."""
+    needs = [(args.save_path.resolve().parent, wanted * PREPARED_SIZE, "--save_path")]
+    if records:
+        cache = args.cache_dir.expanduser()
+        fetched = len(records) * FETCHED_SIZE
+        if cache.stat().st_dev == needs[0][0].stat().st_dev:
+            fetched += needs.pop()[1]
+        needs.append((cache, fetched, "--cache_dir"))
+    for folder, needed, flag in needs:
+        free = shutil.disk_usage(folder).free
+        if free < needed:
+            raise InputError(
+                f"'{folder}' has {free / 1e9:,.2f} GB free and about {needed / 1e9:,.2f} GB are needed for {wanted:,} "
+                f"images; make room, lower --limit_data, or name another disk with {flag}"
+            )
+
+
 # ---- writing the folder
+
+SHARD_SIZE = 500_000_000  # bytes of one Arrow file, about
 
 
 class SplitWriter:
@@ -290,45 +389,100 @@ class SplitWriter:
             }
         )
 
-    def finish(self):
-        """The three splits, memory-mapped."""
-        from datasets import Dataset, DatasetDict
-
+    def finish(self) -> dict[str, Path]:
+        """The file of each split, an Arrow stream."""
         for writer in self.writers.values():
             writer.finalize()
-        return DatasetDict({split: Dataset.from_file(str(self.folder / f"{split}.arrow")) for split in SPLITS})
+        return {split: self.folder / f"{split}.arrow" for split in SPLITS}
 
 
-def tokenise(splits, tokenizer, max_length: int) -> tuple[Any, int]:
-    """Add the column `labels`; returns the splits and how many captions were truncated."""
-    from datasets import DatasetDict, Features, List, Value
+def write_splits(spools: dict[str, Path], folder: Path, tokenizer, max_length: int) -> int:
+    """Copy the splits to `folder` with the column `labels`, as `datasets.load_from_disk` reads them.
+
+    A few hundred rows at a time, and read, not mapped: memory does not grow with the number of images, as it does in
+    `save_to_disk`.
+
+    Returns:
+        How many captions were truncated.
+    """
+    truncated = sum(write_split(spool, folder / split, tokenizer, max_length) for split, spool in spools.items())
+    (folder / "dataset_dict.json").write_text(json.dumps({"splits": list(spools)}), encoding="utf-8")
+    return truncated
+
+
+def write_split(spool: Path, folder: Path, tokenizer, max_length: int) -> int:
+    import pyarrow
+    from datasets import Dataset, Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    folder.mkdir()
+    shards, truncated, writer = [], 0, None
+    with pyarrow.OSFile(str(spool)) as file, pyarrow.ipc.open_stream(file) as batches:
+        features = Features({**Features.from_arrow_schema(batches.schema), "labels": List(List(Value("int32")))})
+        for batch in batches:
+            labels, cut = tokenise(batch["captions"], tokenizer, max_length)
+            truncated += cut
+            if writer is None:
+                shards.append(folder / f"{len(shards)}.arrow")
+                writer, size = ArrowWriter(features=features, path=str(shards[-1])), 0
+            table = pyarrow.Table.from_batches([batch]).append_column("labels", labels)
+            writer.write_table(table)
+            size += table.nbytes
+            if size > SHARD_SIZE:
+                writer.finalize()
+                writer = None
+    if writer is not None:
+        writer.finalize()
+
+    # What lies beside the rows is written by the library itself, for one row, and then names the files above.
+    rows = Dataset.from_file(str(shards[0])).select(range(1))
+    # The same arguments give the same bytes; a fingerprint drawn from object ids would not.
+    rows._fingerprint = folder.name
+    rows.save_to_disk(folder / "one")
+    names = [f"data-{number:05d}-of-{len(shards):05d}.arrow" for number in range(len(shards))]
+    for shard, name in zip(shards, names, strict=True):
+        shard.rename(folder / name)
+    state = json.loads((folder / "one" / "state.json").read_text(encoding="utf-8"))
+    state["_data_files"] = [{"filename": name} for name in names]
+    (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / "one" / "dataset_info.json").rename(folder / "dataset_info.json")
+    shutil.rmtree(folder / "one")
+    return truncated
+
+
+def tokenise(captions, tokenizer, max_length: int) -> tuple[Any, int]:
+    """Captions, a list of each image's in Arrow -> their token ids likewise, and how many were truncated."""
+    import pyarrow
 
     from captioning.batch import encode_captions
 
-    truncated, tokenised = 0, {}
-    for split, rows in splits.items():
-        labels = []
-        for captions in rows["captions"]:
-            ids, cut = encode_captions(tokenizer, captions, max_length)
-            labels.append(ids)
-            truncated += cut
-        rows = rows.add_column("labels", labels, feature=List(List(Value("int32"))))
-        rows = rows.cast(Features({**rows.features, "labels": List(List(Value("int32")))}))
-        # The same arguments give the same bytes; a fingerprint drawn from object ids would not.
-        rows._fingerprint = split
-        tokenised[split] = rows
-    return DatasetDict(tokenised), truncated
+    of_images = captions.to_pylist()
+    # All of them at once: a call of the tokenizer costs more than a caption.
+    ids, truncated = encode_captions(tokenizer, list(itertools.chain(*of_images)), max_length)
+    rest = iter(ids)
+    labels = [list(itertools.islice(rest, len(own))) for own in of_images]
+    return pyarrow.array(labels, pyarrow.list_(pyarrow.list_(pyarrow.int32()))), truncated
+
+
+def columns(rows, name: str) -> Iterator[Any]:
+    """A column of a split, a `pyarrow.ChunkedArray` of up to 1024 rows at a time; other columns are not read."""
+    for table in rows.select_columns(name).with_format("arrow").iter(1024):
+        yield table[name]
 
 
 def summarise(splits, chosen: Chosen, truncated: int, args: argparse.Namespace, folder: Path) -> str:
     """What a user wants to know of a data set before training on it."""
+    from pyarrow import compute
+
     lines = []
     counts, lengths = [], []
     for split, rows in splits.items():
-        per_image = [len(captions) for captions in rows["captions"]]
+        per_image = []
+        for column in columns(rows, "labels"):
+            per_image += compute.list_value_length(column).to_pylist()
+            lengths += compute.list_value_length(compute.list_flatten(column)).to_pylist()
         lines.append(f"{split:>12}  {len(rows):>7,} images  {sum(per_image):>8,} captions")
         counts += per_image
-        lengths += [len(caption) for captions in rows["labels"] for caption in captions]
     total = len(counts)
     wanted = f"{args.limit_data:,} were asked for" if args.limit_data > total else ""
     lines.append(f"{'in all':>12}  {total:>7,} images" + (f": all there are ({wanted})" if wanted else ""))
@@ -395,9 +549,38 @@ def draw_preview(path: Path, splits, chosen: Chosen) -> None:
     cli.note(f"preview written to {path}")
 
 
+@contextlib.contextmanager
+def work_folder(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target` that no other run uses.
+
+    What a run that was killed left there is cleared away, and a folder that it had just set aside is put back.
+    """
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--save_path '{target}' lies below a file; name another folder") from None
+    work = target.with_name(f".{target.name}.partial")
+    with locked_folder(work) as ours:
+        if not ours:
+            raise InputError(
+                f"another run is writing to --save_path '{target}'; wait until it has ended, or name another folder"
+            )
+        aside = _aside(work)
+        if aside.exists() and not target.exists():
+            aside.rename(target)
+        shutil.rmtree(aside, ignore_errors=True)
+        for entry in work.iterdir():
+            shutil.rmtree(entry) if entry.is_dir() and not entry.is_symlink() else entry.unlink()
+        yield work
+
+
+def _aside(work: Path) -> Path:
+    return work.with_name(work.name + ".old")
+
+
 def move_into_place(work: Path, target: Path) -> None:
     """Swap a finished folder for the one at `target`, which is ours or empty; hidden files there are kept."""
-    old = work.with_name(work.name + ".old")
+    old = _aside(work)
     try:
         if target.exists():
             for hidden in target.glob(".*"):
@@ -427,7 +610,9 @@ def check_target(target: Path) -> None:
             )
 
 
-def read_source(args: argparse.Namespace, work: Path) -> tuple[dict[str, list[coco.Record]], str]:
+def read_source(
+    args: argparse.Namespace, work: Path, client: download.Client
+) -> tuple[dict[str, list[coco.Record]], str]:
     """The records to choose from, by pool, and a name for where they come from."""
     if args.sample:
         karpathy = sample.draw(work / "sample")
@@ -436,63 +621,80 @@ def read_source(args: argparse.Namespace, work: Path) -> tuple[dict[str, list[co
         return coco.read_karpathy(args.karpathy_json, args.image_dir), f"Karpathy file {args.karpathy_json.name}"
     if args.coco_dir:
         return coco.read_coco(args.coco_dir), "COCO 2014 from a folder"
-    url = args.coco_url.rstrip("/")
-    cache = coco.fetch_annotations(args.cache_dir.expanduser(), url)
+    url, cache = args.coco_url.rstrip("/"), args.cache_dir.expanduser()
+    if not _existing(cache).is_dir():
+        raise InputError(f"--cache_dir '{cache}' is a file, or lies below one; name another folder")
+    if shutil.disk_usage(_existing(cache)).free < CAPTIONS_SIZE:
+        raise InputError(
+            f"--cache_dir '{cache}' has no room for the captions ({CAPTIONS_SIZE / 1e6:.0f} MB); make some"
+        )
+    download.fetch_annotations(cache, url, client)
     return coco.read_coco(cache, url), "COCO 2014"
+
+
+def _existing(folder: Path) -> Path:
+    return folder if folder.exists() else _existing(folder.parent)
 
 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     check_target(args.save_path)
-    args.save_path.parent.mkdir(parents=True, exist_ok=True)
-    work = Path(tempfile.mkdtemp(prefix=f".{args.save_path.name}.", dir=args.save_path.parent))
-    try:
-        pools, source = read_source(args, work)
-        draws = plan(pools, args)
-        cli.note(f"{source}: {sum(map(len, pools.values())):,} images to choose from")
-
-        from datasets.utils.logging import disable_progress_bar
-
-        from captioning import model
-
-        disable_progress_bar()
-        model.quiet_transformers()
-        image_processor = model.load_image_processor(args.encoder)
-        tokenizer = None if args.decoder in model.DECODER_PRESETS else model.load_tokenizer(args.decoder)
-        # Room for a random crop: 256 pixels for a model that sees 224.
-        short_side = max(model.resized_side(image_processor), round(model.input_side(image_processor) * 8 / 7))
-        cli.note(f"images are stored with a shorter side of {short_side} px at most, for {args.encoder}")
-
-        spool = work / ".spool"
-        spool.mkdir()
-        writer = SplitWriter(spool)
-        prepare = functools.partial(prepare_image, short_side=short_side)
-        chosen = choose(pools, draws, prepare, args, writer.keep)
-        refuse_empty(chosen)
-        if tokenizer is None:
-            captions = (caption for record in chosen.splits["train"] for caption in record.captions)
-            tokenizer = model.train_tokenizer(captions, model.VOCABULARY[args.decoder])
-        cli.note(f"tokenizer: {len(tokenizer):,} tokens, {args.decoder}")
-
-        splits, truncated = tokenise(writer.finish(), tokenizer, args.max_length)
-        splits.save_to_disk(work, max_shard_size="500MB")
-        tokenizer.save_pretrained(work)
-        image_processor.save_pretrained(work)
-        description = describe(splits, chosen, truncated, args, source)
-        (work / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
-        shutil.rmtree(spool)  # still mapped: its rows stay readable until `splits` is gone
-        if args.preview:
-            draw_preview(args.preview, splits, chosen)
-        summary = summarise(splits, chosen, truncated, args, work)
-        del splits
-        work.chmod(0o755)
-    except BaseException:
-        shutil.rmtree(work, ignore_errors=True)
-        raise
-    move_into_place(work, args.save_path)
+    target = args.save_path.resolve()
+    with work_folder(target) as work:
+        try:
+            summary = prepare_folder(work, args)
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        move_into_place(work, target)
     print(summary)
     cli.note(f"written to {args.save_path}; next: python train.py --data_path {args.save_path}")
     return 0
+
+
+def prepare_folder(work: Path, args: argparse.Namespace) -> str:
+    """Fill `work` with the data set; returns its summary."""
+    client = download.Client()
+    pools, source = read_source(args, work, client)
+    draws = plan(pools, args)
+    cli.note(f"{source}: {sum(map(len, pools.values())):,} images to choose from")
+
+    from datasets import load_from_disk
+    from datasets.utils.logging import disable_progress_bar
+
+    from captioning import model
+
+    disable_progress_bar()
+    model.quiet_transformers()
+    image_processor = model.load_image_processor(args.encoder)
+    tokenizer = None if args.decoder in model.DECODER_PRESETS else model.load_tokenizer(args.decoder)
+    # Room for a random crop: 256 pixels for a model that sees 224.
+    short_side = max(model.resized_side(image_processor), round(model.input_side(image_processor) * 8 / 7))
+    cli.note(f"images are stored with a shorter side of {short_side} px at most, for {args.encoder}")
+
+    order = Pools(pools, args.seed)
+    check_space(download.missing(order.first_choice(draws)), sum(draw.wanted for draw in draws), args)
+    spool = work / ".spool"
+    spool.mkdir()
+    writer = SplitWriter(spool)
+    prepare = functools.partial(prepare_image, short_side=short_side)
+    chosen = choose(order, draws, prepare, args, writer.keep, fetcher(client, args))
+    refuse_empty(chosen)
+    if tokenizer is None:
+        captions = (caption for record in chosen.splits["train"] for caption in record.captions)
+        tokenizer = model.train_tokenizer(captions, model.VOCABULARY[args.decoder])
+    cli.note(f"tokenizer: {len(tokenizer):,} tokens, {args.decoder}")
+
+    truncated = write_splits(writer.finish(), work, tokenizer, args.max_length)
+    shutil.rmtree(spool)
+    tokenizer.save_pretrained(work)
+    image_processor.save_pretrained(work)
+    splits = load_from_disk(str(work))
+    description = describe(splits, chosen, truncated, args, source)
+    (work / DESCRIPTION).write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")
+    if args.preview:
+        draw_preview(args.preview, splits, chosen)
+    return summarise(splits, chosen, truncated, args, work)
 
 
 def refuse_empty(chosen: Chosen) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import sys
 from collections.abc import Callable
 
@@ -16,15 +17,18 @@ def note(message: str) -> None:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Call a script's `main` and exit: 2 with one sentence for bad input, 130 for Ctrl-C."""
+    """Call a script's `main` and exit: 2 with one sentence for bad input, 130 for Ctrl-C.
+
+    An InputError with an `exit_code` of its own decides otherwise: 1 where running again goes on from what is done.
+    """
     try:
         code = main()
     except InputError as error:
         if "--debug" in sys.argv:
             raise
         name = sys.argv[0].rsplit("/", 1)[-1]
-        print(f"{name}: error: {error}", file=sys.stderr)
-        code = 2
+        print(f"{name}: error: {printable(str(error))}", file=sys.stderr)
+        code = getattr(error, "exit_code", 2)
     except BrokenPipeError:
         # The reader (head, say) has gone. Nothing more can be said to it, not even at interpreter exit.
         sys.stdout = None
@@ -34,7 +38,9 @@ def run(main: Callable[[], int | None]) -> None:
             raise
         name = sys.argv[0].rsplit("/", 1)[-1]
         where = f"'{error.filename}': " if error.filename else ""
-        print(f"{name}: error: {where}{error.strerror or error}", file=sys.stderr)
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        what = "the disk is full; make room and run the same command again" if full else error.strerror or error
+        print(f"{name}: error: {where}{what}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt:
         if "--debug" in sys.argv:

@@ -1,26 +1,27 @@
-"""COCO 2014 and Karpathy annotations -> one record per image, and the download of COCO 2014.
+"""COCO 2014 and Karpathy annotations -> one record per image.
 
 Nothing here opens an image: a record says where its file lies and what people wrote about it.
 """
 
 from __future__ import annotations
 
-import sys
-import zipfile
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
+from typing import Any
+from urllib.parse import quote
 
 from captioning import InputError
-from captioning.files import read_json, write_whole
+from captioning.cli import note
+from captioning.files import read_json
 
 COCO_URL = "http://images.cocodataset.org"
 PARTS = ("train2014", "val2014")
-ANNOTATIONS_ZIP = "annotations/annotations_trainval2014.zip"  # 241 MB
 NO_NETWORK_HINT = "pass --coco_dir with a COCO 2014 you have, or --sample to draw a small data set"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Record:
     """One image and everything people wrote about it."""
 
@@ -29,6 +30,16 @@ class Record:
     path: Path  # where the image lies, or will lie once fetched
     captions: tuple[str, ...]
     url: str | None = None  # where to fetch the image from when it is not at `path` yet
+    size: tuple[int, int] | None = None  # width and height in pixels, where the annotations say
+
+    def is_there(self) -> bool:
+        """Whether the image lies at `path`."""
+        # Not Path.is_file, which raises where a name is too long.
+        return os.path.isfile(self.path)
+
+    def has_caption(self) -> bool:
+        """Whether anybody wrote anything about it but white space."""
+        return any(caption.strip() for caption in self.captions)
 
 
 def read_coco(coco_dir: Path, url: str | None = None) -> dict[str, list[Record]]:
@@ -53,26 +64,32 @@ def _read_part(coco_dir: Path, part: str, url: str | None) -> list[Record]:
     content = read_json(path)
     try:
         captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
+        without_image = 0
         for annotation in content["annotations"]:
             if annotation["image_id"] in captions:
                 captions[annotation["image_id"]].append(annotation["caption"])
+            else:
+                without_image += 1
         records = [
             _record(
                 image["id"],
                 image["file_name"],
                 coco_dir / part,
                 captions[image["id"]],
-                url and f"{url}/{part}/{image['file_name']}",
+                url and f"{url}/{part}/{quote(image['file_name'], errors='replace')}",
+                (image.get("width"), image.get("height")),
             )
             for image in content["images"]
         ]
-    except (KeyError, TypeError) as error:
+    except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"'{path}' is not in COCO's captions format ({error} is missing or malformed); "
             "it needs 'images' with 'id' and 'file_name', and 'annotations' with 'image_id' and 'caption'"
         ) from None
     if len(captions) != len(records):
         raise InputError(f"'{path}' lists the same image id twice; remove the double entries")
+    if without_image:
+        note(f"'{path}': {without_image:,} captions of images that it does not list are left out")
     return sorted(records, key=lambda record: record.image_id)
 
 
@@ -89,14 +106,14 @@ def read_karpathy(file: Path, image_dir: Path) -> dict[str, list[Record]]:
         raise InputError(f"--image_dir '{image_dir}' is not a folder; name the folder that holds the images")
     splits = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
     pools: dict[str, list[Record]] = {"train": [], "validation": [], "test": []}
-    for position, image in enumerate(read_json(file).get("images", [])):
+    images = read_json(file).get("images")
+    for position, image in enumerate(images if isinstance(images, list) else []):
         try:
             record = _record(
                 image.get("cocoid", image.get("imgid", position)),
                 image["filename"],
-                image_dir / _inside(image.get("filepath", "")),
+                image_dir / _inside(image.get("filepath", ""), "filepath"),
                 [sentence["raw"] for sentence in image["sentences"]],
-                None,
             )
             pools[splits[image["split"]]].append(record)
         except (KeyError, TypeError, AttributeError) as error:
@@ -110,20 +127,34 @@ def read_karpathy(file: Path, image_dir: Path) -> dict[str, list[Record]]:
     return {name: sorted(records, key=lambda record: record.image_id) for name, records in pools.items()}
 
 
-def _record(image_id: int, file_name: str, folder: Path, captions: Iterable[str], url: str | None) -> Record:
-    if not isinstance(image_id, int) or isinstance(image_id, bool):
-        raise TypeError(f"image id {image_id!r}")
+def _record(
+    image_id: int,
+    file_name: str,
+    folder: Path,
+    captions: Iterable[str],
+    url: str | None = None,
+    size: tuple[Any, Any] = (None, None),
+) -> Record:
+    if not isinstance(image_id, int) or isinstance(image_id, bool) or not -(2**63) <= image_id < 2**63:
+        raise TypeError(f"image id {str(image_id)[:30]!r}")
     captions = tuple(captions)
-    if not all(isinstance(caption, str) for caption in captions):
-        raise TypeError(f"a caption of image {image_id}")
-    return Record(image_id, file_name, folder / _inside(file_name), captions, url)
+    for caption in captions:
+        if not isinstance(caption, str):
+            raise TypeError(f"a caption of image {image_id}")
+        if not caption.isascii() and any("\ud800" <= character <= "\udfff" for character in caption):
+            raise TypeError(f"a caption of image {image_id}, half of a surrogate pair,")
+    path = folder / _inside(file_name)
+    known = all(type(side) is int and side > 0 for side in size)
+    return Record(image_id, file_name, path, captions, url, size if known else None)
 
 
-def _inside(name: str) -> str:
-    """`name`, refused when it would leave the folder it is joined to."""
+def _inside(name: str, what: str = "file name") -> str:
+    """`name`, refused when it would leave the folder it is joined to, or is no name at all."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:
-        raise InputError(f"file name {name!r} in the annotations leaves the image folder; correct the file")
+        raise InputError(f"{what} {name!r} in the annotations leaves the image folder; correct the file")
+    if what == "file name" and not path.name:
+        raise InputError(f"{what} {name!r} in the annotations names no file; correct the file")
     return name
 
 
@@ -134,50 +165,3 @@ def _refuse_repeated_ids(pools: dict[str, list[Record]], source: Path) -> None:
             if record.image_id in seen:
                 raise InputError(f"image id {record.image_id} occurs twice in '{source}'; remove one entry")
             seen.add(record.image_id)
-
-
-def fetch_annotations(cache_dir: Path, url: str = COCO_URL) -> Path:
-    """Fetch COCO 2014's captions into `cache_dir`, laid out as a `coco_dir`; returns `cache_dir`.
-
-    Images are fetched later, one by one, when they are chosen (`Record.url`).
-
-    Raises:
-        InputError: the server cannot be reached or answers something else.
-    """
-    wanted = [f"annotations/captions_{part}.json" for part in PARTS]
-    if all((cache_dir / name).is_file() for name in wanted):
-        return cache_dir
-    archive = cache_dir / "annotations_trainval2014.zip.part"
-    cache_dir.mkdir(parents=True, exist_ok=True)
-    _download(f"{url}/{ANNOTATIONS_ZIP}", archive)
-    try:
-        with zipfile.ZipFile(archive) as members:
-            for name in wanted:
-                # Only the two members we name are read, so that nothing can climb out of the folder.
-                write_whole(cache_dir / name, members.read(name))
-    except (zipfile.BadZipFile, KeyError) as error:
-        raise InputError(f"{url}/{ANNOTATIONS_ZIP} is not COCO's annotation archive: {error}") from None
-    finally:
-        archive.unlink(missing_ok=True)
-    return cache_dir
-
-
-def _download(url: str, path: Path) -> None:
-    import requests
-    from tqdm import tqdm
-
-    try:
-        with requests.get(url, stream=True, timeout=30, headers={"Accept-Encoding": "identity"}) as answer:
-            if answer.status_code != 200:
-                raise InputError(f"{url} answered {answer.status_code}; {NO_NETWORK_HINT}")
-            size = int(answer.headers.get("Content-Length", 0)) or None
-            with (
-                path.open("wb") as file,
-                tqdm(total=size, unit="B", unit_scale=True, desc="captions", file=sys.stderr) as bar,
-            ):
-                for chunk in answer.iter_content(1 << 20):
-                    file.write(chunk)
-                    bar.update(len(chunk))
-    except requests.RequestException as error:
-        path.unlink(missing_ok=True)
-        raise InputError(f"cannot fetch {url} ({type(error).__name__}); {NO_NETWORK_HINT}") from None

@@ -10,6 +10,7 @@ a decode under 500 MB of memory and a few seconds, whatever the bytes are.
 """
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -21,7 +22,9 @@ import warnings
 import zlib
 from collections.abc import Iterator
 from concurrent.futures import Future
+from dataclasses import dataclass
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import urljoin, urlsplit
 
 from PIL import Image, ImageFile, WebPImagePlugin  # noqa: F401  (the WebP plugin is not among those PIL preloads)
@@ -69,6 +72,37 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
 # least: 'C:' is a drive.
 _SCHEME = re.compile(r"[a-z][a-z0-9+.-]+(?=://)|(?:data|file|ftps?|https?)(?=:)", re.IGNORECASE)
 _OPEN_LOCK = threading.Lock()
+_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # statuses after which the same request may succeed
+
+
+class FetchError(InputError):
+    """An address that could not be fetched, and what whoever fetches many needs to know of it."""
+
+    def __init__(
+        self,
+        message: str,
+        reason: str,
+        *,
+        transient: bool = False,
+        reachable: bool = True,
+        status: int | None = None,
+        retry_after: str = "",
+    ) -> None:
+        super().__init__(message)
+        self.reason = reason  # a few words, without the address
+        self.transient = transient  # trying again may help
+        self.reachable = reachable  # the server was there
+        self.status = status  # of the answer, if there was one
+        self.retry_after = retry_after  # the header, seconds or a date
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a server sent: `data` (empty if it went to a sink), and of what."""
+
+    data: bytes
+    total: int | None = None  # bytes of the whole file, where a span of it was asked for
+    version: str = ""  # changes when the file does
 
 
 def open_image(
@@ -114,10 +148,10 @@ def read_bytes(
     if isinstance(source, str) and (scheme := _SCHEME.match(source)):
         if scheme[0].lower() not in ("http", "https"):
             raise InputError(
-                f"cannot use {_shown(source)}: only http and https addresses are fetched; "
+                f"cannot use {shown(source)}: only http and https addresses are fetched; "
                 "give a plain path for a local file"
             )
-        return _fetch(source, max_bytes, timeout, deadline)
+        return fetch(source, max_bytes=max_bytes, timeout=timeout, deadline=deadline).data
     return _read_file(os.fsdecode(source), max_bytes)
 
 
@@ -127,30 +161,47 @@ def _read_file(path: str, max_bytes: int) -> bytes:
         # Looked at before opening: opening a FIFO waits for a writer, perhaps for ever.
         if not stat.S_ISREG(kind):
             what = "a folder" if stat.S_ISDIR(kind) else "not a regular file"
-            raise InputError(f"cannot read {_shown(path)}: it is {what}; give the path of an image file")
+            raise InputError(f"cannot read {shown(path)}: it is {what}; give the path of an image file")
         with Path(path).open("rb") as file:
             data = file.read(max_bytes + 1)
     except (FileNotFoundError, NotADirectoryError):
-        raise InputError(f"cannot read {_shown(path)}: no such file; check the path") from None
+        raise InputError(f"cannot read {shown(path)}: no such file; check the path") from None
     except (OSError, ValueError) as error:  # ValueError: a NUL in the name
         reason = getattr(error, "strerror", None) or "not a usable file name"
-        raise InputError(f"cannot read {_shown(path)}: {reason}; check the path") from error
+        raise InputError(f"cannot read {shown(path)}: {reason}; check the path") from error
     if len(data) > max_bytes:
-        raise InputError(_too_large(path, max_bytes))
+        raise _too_large(path, max_bytes)
     return data
 
 
-def _fetch(url: str, max_bytes: int, timeout: float, deadline: float) -> bytes:
-    """Download in a thread of its own, which is left behind at the deadline.
+def fetch(
+    url: str,
+    *,
+    session=None,
+    span: tuple[int, int] | None = None,
+    sink: BinaryIO | None = None,
+    max_bytes: int = MAX_BYTES,
+    timeout: float = TIMEOUT,
+    deadline: float = DEADLINE,
+) -> Answer:
+    """Fetch an http(s) address, or the bytes of `span` (first, last) of it.
 
-    A socket timeout starts again with every packet, and nothing times a name look-up: only a second thread
-    bounds a server that sends its headers one byte at a time.
+    Args:
+        session: a `requests.Session` whose connections are used again; after an error it must not be.
+        sink: where the body is written as it comes, instead of being returned.
+        max_bytes, timeout, deadline: as in `read_bytes`.
+
+    Raises:
+        FetchError: it failed. `status` is 200 where a server ignores `span`.
     """
-    result: Future[bytes] = Future()
+    # In a thread of its own, which is left behind at the deadline. A socket timeout starts again with every
+    # packet, and nothing times a name look-up: only a second thread bounds a server that sends its headers
+    # one byte at a time.
+    result: Future[Answer] = Future()
 
     def work() -> None:
         try:
-            result.set_result(_download(url, max_bytes, timeout, deadline))
+            result.set_result(_download(url, session, span, sink or io.BytesIO(), max_bytes, timeout, deadline))
         except Exception as error:
             result.set_exception(error)
 
@@ -158,105 +209,141 @@ def _fetch(url: str, max_bytes: int, timeout: float, deadline: float) -> bytes:
     try:
         return result.result(timeout=deadline)
     except TimeoutError:
-        raise InputError(_too_slow(url, deadline)) from None
+        raise _too_slow(url, deadline) from None
 
 
-def _download(url: str, max_bytes: int, timeout: float, deadline: float) -> bytes:
+def _download(
+    url: str,
+    session,
+    span: tuple[int, int] | None,
+    sink: BinaryIO,
+    max_bytes: int,
+    timeout: float,
+    deadline: float,
+) -> Answer:
     import requests  # here, since it takes longer to import than the rest of this module
     import urllib3
 
     began = time.monotonic()
+    # identity: images do not shrink, and a compressed body may expand a thousandfold.
+    headers = {"Accept-Encoding": "identity"}
+    if span:
+        headers["Range"] = f"bytes={span[0]}-{span[1]}"
     # `from None` below: the text of these errors can hold the whole address, password included.
     try:
-        with requests.Session() as session:
+        with contextlib.nullcontext(session) if session else requests.Session() as session:
             hop = url
             for _ in range(MAX_REDIRECTS + 1):
                 _check_address(hop, url)
-                # identity: images do not shrink, and a compressed body may expand a thousandfold.
-                with session.get(
-                    hop,
-                    stream=True,
-                    allow_redirects=False,
-                    timeout=timeout,
-                    headers={"Accept-Encoding": "identity"},
-                ) as response:
+                with session.get(hop, stream=True, allow_redirects=False, timeout=timeout, headers=headers) as response:
                     location = session.get_redirect_target(response)
                     if location is None:
-                        return _body(response, url, max_bytes, began, deadline)
+                        total = _check_answer(response, url, span)
+                        _body(response, url, sink, max_bytes, began, deadline)
+                        version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
+                        return Answer(sink.getvalue() if isinstance(sink, io.BytesIO) else b"", total, version)
                     hop = _next_hop(hop, location, url)
-            raise InputError(f"cannot fetch {_shown(url)}: more than {MAX_REDIRECTS} redirects; use the final address")
+            raise FetchError(
+                f"cannot fetch {shown(url)}: more than {MAX_REDIRECTS} redirects; use the final address",
+                "too many redirects",
+            )
     except (requests.Timeout, urllib3.exceptions.TimeoutError):
-        raise InputError(_too_slow(url, timeout)) from None
+        raise _too_slow(url, timeout) from None
     except requests.exceptions.SSLError:
-        raise InputError(
-            f"cannot fetch {_shown(url)}: the secure connection failed; check the server's certificate"
+        raise FetchError(
+            f"cannot fetch {shown(url)}: the secure connection failed; check the server's certificate",
+            "no secure connection",
         ) from None
     except requests.ConnectionError:
-        raise InputError(
-            f"cannot fetch {_shown(url)}: no connection to the server; check the address and the network"
+        raise FetchError(
+            f"cannot fetch {shown(url)}: no connection to the server; check the address and the network",
+            "no connection",
+            transient=True,
+            reachable=False,
         ) from None
     except ValueError:  # requests.exceptions.InvalidURL and UnicodeError are among them
-        raise InputError(_bad_address(url)) from None
-    except (requests.RequestException, urllib3.exceptions.HTTPError, OSError):
-        raise InputError(_cut_short(url)) from None
+        raise _bad_address(url) from None
+    except (requests.RequestException, urllib3.exceptions.HTTPError):
+        raise _cut_short(url) from None
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # of the sink, not of the connection
+            raise
+        raise _cut_short(url) from None
 
 
 def _check_address(hop: str, url: str) -> None:
     parts = urlsplit(hop)  # ValueError for a malformed host
     if parts.scheme.lower() not in ("http", "https"):
-        raise InputError(
-            f"cannot use {_shown(url)}: it redirects to {_shown(hop)}, and only http and https addresses "
-            "are fetched; use the address of the image itself"
+        raise FetchError(
+            f"cannot use {shown(url)}: it redirects to {shown(hop)}, and only http and https addresses "
+            "are fetched; use the address of the image itself",
+            "redirected to another scheme",
         )
     if not parts.hostname or parts.port == 0:  # ValueError for a port that is no number
-        raise InputError(_bad_address(url))
+        raise _bad_address(url)
 
 
 def _next_hop(hop: str, location: str, url: str) -> str:
     """Return the address that a redirect from `hop` leads to, never one less private than `hop`."""
     target = urljoin(hop, location)
     if urlsplit(hop).scheme.lower() == "https" and urlsplit(target).scheme.lower() == "http":
-        raise InputError(
-            f"cannot use {_shown(url)}: it redirects from https to the unprotected {_shown(target)}; "
-            "use that address if you trust it"
+        raise FetchError(
+            f"cannot use {shown(url)}: it redirects from https to the unprotected {shown(target)}; "
+            "use that address if you trust it",
+            "redirected to another scheme",
         )
     return target
 
 
-def _body(response, url: str, max_bytes: int, began: float, deadline: float) -> bytes:
-    """Return the body of a streamed requests.Response, of `max_bytes` at most once decompressed."""
-    if response.status_code != 200:
-        raise InputError(
-            f"cannot fetch {_shown(url)}: the server answered status {response.status_code}; "
-            "check that the address opens in a browser"
+def _check_answer(response, url: str, span: tuple[int, int] | None) -> int | None:
+    """Refuse any status but the expected one; return the size of the whole file where a span of it came."""
+    if response.status_code != (206 if span else 200):
+        raise FetchError(
+            f"cannot fetch {shown(url)}: the server answered status {response.status_code}; "
+            "check that the address opens in a browser",
+            f"status {response.status_code}",
+            transient=response.status_code in _TRANSIENT,
+            status=response.status_code,
+            retry_after=response.headers.get("Retry-After", ""),
         )
+    if not span:
+        return None
+    sent = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", response.headers.get("Content-Range", ""))
+    if not sent or int(sent[1]) != span[0] or int(sent[2]) != min(span[1], int(sent[3]) - 1):
+        raise FetchError(f"cannot use {shown(url)}: the server sent another part than was asked for", "another part")
+    return int(sent[3])
+
+
+def _body(response, url: str, sink: BinaryIO, max_bytes: int, began: float, deadline: float) -> None:
+    """Write the body of a streamed requests.Response to `sink`, `max_bytes` at most once decompressed."""
     encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
     if encoding not in ("", "identity", "gzip", "x-gzip"):
-        raise InputError(
-            f"cannot use {_shown(url)}: the server sent it compressed in a way that was not asked for; "
-            "download it by hand"
+        raise FetchError(
+            f"cannot use {shown(url)}: the server sent it compressed in a way that was not asked for; "
+            "download it by hand",
+            "compressed",
         )
     inflate = zlib.decompressobj(wbits=31) if "gzip" in encoding else None
     length = response.headers.get("Content-Length", "")
     if re.fullmatch(r"[0-9]{1,18}", length) and int(length) > max_bytes:
-        raise InputError(_too_large(url, max_bytes))
+        raise _too_large(url, max_bytes)
 
-    body = io.BytesIO()
+    size = 0
     # read1 returns what one packet brought, where read would wait for a full block past the deadline.
     while chunk := response.raw.read1(65_536, decode_content=False):
         if inflate:
             try:
-                chunk = inflate.decompress(chunk, max_bytes + 1 - body.tell())
+                chunk = inflate.decompress(chunk, max_bytes + 1 - size)
             except zlib.error:
-                raise InputError(_cut_short(url)) from None
-        body.write(chunk)
-        if body.tell() > max_bytes:
-            raise InputError(_too_large(url, max_bytes))
+                raise _cut_short(url) from None
+        size += len(chunk)
+        if size > max_bytes:
+            raise _too_large(url, max_bytes)
+        sink.write(chunk)
         if time.monotonic() - began > deadline:  # nobody waits for this thread any more
-            raise InputError(_too_slow(url, deadline))
+            raise _too_slow(url, deadline)
     if inflate and not inflate.eof:  # urllib3 raises by itself for a body shorter than its Content-Length
-        raise InputError(_cut_short(url))
-    return body.getvalue()
+        raise _cut_short(url)
 
 
 # Decoding: bytes -> an image in its own mode
@@ -280,7 +367,7 @@ def decode(data: bytes, name: str, *, min_side: int | None = None) -> Image.Imag
         width, height = image.size if kind == "JPEG" else size
         if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS[kind]:
             raise InputError(
-                f"cannot use {_shown(name)}: {size[0]}x{size[1]} pixels is too large for a {kind} image "
+                f"cannot use {shown(name)}: {size[0]}x{size[1]} pixels is too large for a {kind} image "
                 f"(limit {MAX_PIXELS[kind] // 1_000_000} million, {MAX_SIDE} a side); make it smaller"
             )
         image.load()
@@ -299,12 +386,12 @@ def _refusing(name: str) -> Iterator[None]:
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"cannot use {_shown(name)}: it has too many pixels; make it smaller") from error
+        raise InputError(f"cannot use {shown(name)}: it has too many pixels; make it smaller") from error
     except Exception as error:
         # Its decoders raise OSError, SyntaxError, ValueError, IndexError, struct.error, zlib.error and more
         # for damaged bytes, and a list of them would be out of date with its next release.
         raise InputError(
-            f"cannot decode {_shown(name)}: the image is damaged or cut short; get it again or leave it out"
+            f"cannot decode {shown(name)}: the image is damaged or cut short; get it again or leave it out"
         ) from error
 
 
@@ -323,7 +410,7 @@ class _Metered(io.BytesIO):
 def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
     """Return (PIL image not yet decoded, key of MAX_PIXELS, EXIF block where it is known by now)."""
     if not data:
-        raise InputError(f"cannot use {_shown(name)}: it is empty; get it again or leave it out")
+        raise InputError(f"cannot use {shown(name)}: it is empty; get it again or leave it out")
     kind = next((kind for magic, kind in _SIGNATURES.items() if data.startswith(magic)), None)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         kind = "WEBP"
@@ -331,7 +418,7 @@ def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
         page = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
         what = "it looks like a web page, not" if page else "not"
         raise InputError(
-            f"cannot use {_shown(name)}: {what} a JPEG, PNG, WEBP, GIF or BMP image; "
+            f"cannot use {shown(name)}: {what} a JPEG, PNG, WEBP, GIF or BMP image; "
             + ("use the address of the image itself" if page else "convert it or leave it out")
         )
     exif, buffered, scans = b"", False, 1
@@ -345,10 +432,10 @@ def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
         warnings.simplefilter("ignore")
         image = Image.open(_Metered(data), formats=[kind])
     if any(tile[0] == "bmp_rle" for tile in image.tile):
-        raise InputError(f"cannot use {_shown(name)}: it is a run-length encoded BMP; convert it to PNG or JPEG")
+        raise InputError(f"cannot use {shown(name)}: it is a run-length encoded BMP; convert it to PNG or JPEG")
     if buffered and scans * image.width * image.height > MAX_SCANNED_PIXELS:
         raise InputError(
-            f"cannot use {_shown(name)}: {image.width}x{image.height} pixels in {scans} scans "
+            f"cannot use {shown(name)}: {image.width}x{image.height} pixels in {scans} scans "
             "take too long to decode; save it again"
         )
     return image, "progressive JPEG" if buffered else kind, exif
@@ -479,7 +566,7 @@ def _eight_bit(image: Image.Image, black: float, white: float) -> Image.Image:
 # Messages
 
 
-def _shown(source: str) -> str:
+def shown(source: str) -> str:
     """Return `source` quoted for a message: no user name or password, no control characters."""
     if scheme := _SCHEME.match(source):
         start = scheme.end() + len(re.match(r":/*", source[scheme.end() :])[0])
@@ -495,17 +582,23 @@ def _shown(source: str) -> str:
     return repr(source)
 
 
-def _too_large(source: str, max_bytes: int) -> str:
-    return f"cannot use {_shown(source)}: more than {max_bytes:,} bytes; make the image smaller"
+def _too_large(source: str, max_bytes: int) -> FetchError:
+    return FetchError(f"cannot use {shown(source)}: more than {max_bytes:,} bytes; make the image smaller", "too large")
 
 
-def _too_slow(url: str, seconds: float) -> str:
-    return f"cannot fetch {_shown(url)}: it took more than {seconds:g} seconds; try again"
+def _too_slow(url: str, seconds: float) -> FetchError:
+    return FetchError(
+        f"cannot fetch {shown(url)}: it took more than {seconds:g} seconds; try again",
+        "too slow",
+        transient=True,
+        reachable=False,
+    )
 
 
-def _cut_short(url: str) -> str:
-    return f"cannot fetch {_shown(url)}: the connection broke before the end; try again"
+def _cut_short(url: str) -> FetchError:
+    message = f"cannot fetch {shown(url)}: the connection broke before the end; try again"
+    return FetchError(message, "cut short", transient=True)
 
 
-def _bad_address(url: str) -> str:
-    return f"cannot use {_shown(url)}: not a valid address; check it"
+def _bad_address(url: str) -> FetchError:
+    return FetchError(f"cannot use {shown(url)}: not a valid address; check it", "not a valid address")

@@ -173,6 +173,11 @@ def load_tokenizer(name: str | os.PathLike, what: str = "--decoder") -> PreTrain
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{what} '{name}' has no usable tokenizer ({str(error).splitlines()[0]})") from None
+    if not tokenizer("a dog", add_special_tokens=False)["input_ids"]:
+        # Without its files transformers makes an empty one from config.json, and every caption would be empty.
+        raise InputError(
+            f"{what} '{name}' has no usable tokenizer (it knows no words); copy the tokenizer's files there"
+        )
     if tokenizer.eos_token_id is None:
         raise InputError(f"the tokenizer of {what} '{name}' has no end-of-sequence token; name a GPT-2 style decoder")
     if tokenizer.pad_token_id is None:

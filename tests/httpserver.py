@@ -29,11 +29,11 @@ class Request:
 class Server:
     """A context manager. `routes` (path -> Route) may be changed while it runs; `requests` are those seen."""
 
-    def __init__(self, routes: dict[str, Route] | None = None) -> None:
+    def __init__(self, routes: dict[str, Route] | None = None, port: int = 0) -> None:
         self.routes = dict(routes or {})
         self.requests: list[Request] = []
         self._lock = threading.Lock()
-        self._httpd = _HTTPServer(("127.0.0.1", 0), _Handler)
+        self._httpd = _HTTPServer(("127.0.0.1", port), _Handler)
         self._httpd.owner = self
         self._thread = threading.Thread(target=self._httpd.serve_forever, args=(0.02,), daemon=True)
 
@@ -119,17 +119,18 @@ def body(content: bytes, content_type: str = "application/octet-stream", **heade
 
 
 def ranged(content: bytes) -> Route:
-    """An honest answer to `Range: bytes=N-` too, so that a download can go on where it stopped."""
+    """An honest answer to `Range: bytes=FIRST-` and `bytes=FIRST-LAST` too."""
 
     def route(handler):
-        asked = re.fullmatch(r"bytes=(\d+)-", handler.headers.get("Range", ""))
+        asked = re.fullmatch(r"bytes=(\d+)-(\d*)", handler.headers.get("Range", ""))
         start = int(asked[1]) if asked else 0
         if start >= len(content) > 0:
             return reply(handler, code=416, headers={"Content-Range": f"bytes */{len(content)}"})
-        headers = {"Content-Length": len(content) - start, "Accept-Ranges": "bytes"}
+        part = content[start : int(asked[2]) + 1 if asked and asked[2] else None]
+        headers = {"Content-Length": len(part), "Accept-Ranges": "bytes"}
         if asked:
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-        return reply(handler, content[start:], code=206 if asked else 200, headers=headers)
+            headers["Content-Range"] = f"bytes {start}-{start + len(part) - 1}/{len(content)}"
+        return reply(handler, part, code=206 if asked else 200, headers=headers)
 
     return route
 

@@ -3,6 +3,7 @@
 import filecmp
 import io
 import json
+import os
 import random
 import zipfile
 from collections import Counter
@@ -214,33 +215,22 @@ def test_a_failure_leaves_nothing_behind(coco_dir, tmp_path, monkeypatch):
     assert sum(map(len, load_from_disk(str(save_path)).values())) == 10
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--limit_data=-1"], "--limit_data -1 is negative"),
-        (["--limit_data=2"], "--limit_data 2 is too few"),
-        (["--limit_data=many"], "invalid int value: 'many'"),
-        (["--val_share=0"], "--val_share 0.0 is not between 0 and 1"),
-        (["--val_share=0.6", "--test_share=0.6"], "leave no images to train on"),
-        (["--max_length=1"], "--max_length 1 leaves no room"),
-        (["--num_proc=0"], "--num_proc 0 is no number of processes"),
-        (["--preview=/no/such/folder/x.png"], "--preview '/no/such/folder/x.png' is a folder, or lies in none"),
-        (["--karpathy_json=x.json"], "belong together"),
-        (["--sample", "--coco_dir=x"], "exclude each other"),
-        (["--coco_dirr=x"], "unrecognized arguments"),
-    ],
-)
-def test_bad_arguments_exit_with_2_and_name_the_value(arguments, message, capsys):
+def test_a_preview_that_cannot_be_written_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
-        dataloader.parse_arguments(arguments)
+        dataloader.parse_arguments(["--preview=/no/such/folder/x.png"])
     assert stopped.value.code == 2
-    assert message in capsys.readouterr().err
+    assert "--preview '/no/such/folder/x.png' is a folder, or lies in none" in capsys.readouterr().err
 
 
-def test_no_usable_image_is_an_error(tmp_path):
-    coco_folder(tmp_path / "coco", {1: ["a"]}, {2: ["b"], 3: ["c"]})
-    with pytest.raises(InputError, match="no usable image for train \\(dropped: 3 missing\\)"):
-        prepare(tmp_path / "coco", tmp_path / "out")
+def die(record, short_side):
+    os._exit(1)
+
+
+def test_a_killed_process_ends_the_run_in_one_sentence(coco_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(dataloader, "prepare_image", die)
+    with pytest.raises(InputError, match="one of --num_proc 2 processes was killed"):
+        prepare(coco_dir, tmp_path / "out", "--num_proc", 2)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_sample_as_a_user_prepares_it(prepared):
@@ -273,7 +263,7 @@ def test_without_a_network_one_sentence_says_what_to_do(tmp_path):
         f"--cache_dir={tmp_path}",
         "--coco_url=http://127.0.0.1:9",
     )
-    assert done.returncode == 2
+    assert done.returncode == 1, "running again may help"
     assert len(done.stderr.strip().splitlines()) == 1
     assert "--coco_dir" in done.stderr and "--sample" in done.stderr
     assert not (tmp_path / "out").exists()

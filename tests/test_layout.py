@@ -13,7 +13,8 @@ SCRIPTS = {name: ROOT / f"{name}.py" for name in ("dataloader", "train", "infere
 ALLOWED = {
     "batch": set(),
     "cli": set(),
-    "coco": set(),
+    "coco": {"cli"},
+    "download": {"coco", "images"},
     "explain": {"batch", "model"},
     "features": {"batch", "model"},
     "files": set(),
@@ -28,7 +29,18 @@ ALLOWED = {
     "serve": {"cli", "explain", "images", "model", "report"},
     "trainer": {"batch", "cli", "metrics", "model"},
 }
-WITHOUT_TORCH = ("cli", "coco", "files", "html_report", "images", "metrics", "ptb", "report", "sample")
+WITHOUT_TORCH = (
+    "cli",
+    "coco",
+    "download",
+    "files",
+    "html_report",
+    "images",
+    "metrics",
+    "ptb",
+    "report",
+    "sample",
+)
 
 
 def siblings(path) -> set[str]:

@@ -8,7 +8,13 @@ from conftest import ROOT
 import train
 
 README = (ROOT / "README.md").read_text()
-OTHERS = {"--multi_gpu", "--num_processes", "--cpu", "--oracle_python"}  # accelerate launch, tests/benchmarks/score.py
+OTHERS = {
+    "--multi_gpu",
+    "--num_processes",
+    "--cpu",
+    "--oracle_python",
+    "--images",
+}  # accelerate launch, tests/benchmarks
 
 
 def options(script: str) -> set[str]:

@@ -1,0 +1,181 @@
+"""dataloader.py over a data set of COCO 2014's full size: does the time grow with the images only, and the memory not?
+
+    python tests/benchmarks/scale.py                              # a sixteenth, a quarter, and all of it
+    python tests/benchmarks/scale.py --shares 0.01 --images DIR   # images of a COCO 2014 root instead of drawn ones
+
+All of it is 82,783 + 40,504 images with 616,767 captions. The images are hard links to a few hundred files. Memory is
+the largest sum over all processes of the run, each shared page counted once (Linux's Pss): in all, and without the
+files that are mapped into memory, which the system takes back when it needs them. Prints a markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from PIL import Image
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+from captioning import sample  # noqa: E402
+
+FULL = {"train2014": (82_783, 414_113), "val2014": (40_504, 202_654)}  # images, captions
+
+
+def main(argv: list[str] | None = None) -> list[dict]:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--shares", type=float, nargs="+", default=[1 / 16, 1 / 4, 1], help="of COCO 2014's size")
+    parser.add_argument("--images", type=Path, help="a COCO 2014 root (default: drawn scenes at 640 x 480)")
+    parser.add_argument("--num_proc", type=int, default=os.cpu_count())
+    parser.add_argument("--encoder", default="base", help="decides the stored size: base is 256 px")
+    parser.add_argument("--decoder", default="small", help="a preset, or what the tokenizer is taken from")
+    args = parser.parse_args(argv)
+    results = []
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        files, captions = source(args.images, Path(folder) / "originals")
+        print(f"{os.cpu_count()} cores, {args.num_proc} processes, {len(files)} files", file=sys.stderr)
+        names = ["images", "captions", "seconds", "images/s", "CPU ms per image"]
+        names += ["peak MB", "without mapped files", "folder MB", "rows/s read"]
+        print(f"| {' | '.join(names)} |")
+        print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
+        for share in args.shares:
+            root = Path(folder) / f"coco{share}"
+            counts = lay_out(root, files, captions, share)
+            result = measure(root, Path(folder) / "out", args)
+            results.append({"images": sum(images for images, _ in counts), **result})
+            speed = results[-1]["images"] / result["seconds"]
+            row = [sum(column) for column in zip(*counts, strict=True)] + [result["seconds"], speed]
+            result["cpu"] /= results[-1]["images"]
+            row += [result[name] for name in ("cpu", "peak", "anonymous", "size", "rows")]
+            print("| " + " | ".join(f"{value:,.0f}" for value in row) + " |", flush=True)
+    return results
+
+
+def source(root: Path | None, folder: Path) -> tuple[list[Path], list[str]]:
+    """A few hundred files of mode RGB in `folder`, and captions to draw from."""
+    folder.mkdir()
+    rng = random.Random(0)
+    files, captions = [], []
+    if root is None:
+        for number in range(200):
+            scene, own, _ = sample.draw_scene(rng)
+            noise = Image.effect_noise((640, 480), 40).convert("RGB")  # a drawing alone would be a small file
+            files.append(folder / f"{number}.jpg")
+            Image.blend(scene.resize((640, 480)), noise, 0.3).save(files[-1], quality=85)
+            captions += own
+        return files, captions
+    for part in FULL:
+        content = json.loads((root / "annotations" / f"captions_{part}.json").read_text())
+        captions += [annotation["caption"] for annotation in content["annotations"]]
+        for image in sorted((root / part).glob("*.jpg")):
+            with Image.open(image) as opened:
+                usable = opened.mode == "RGB" and min(opened.size) >= 400
+            if usable and len(files) < 400:
+                files.append(folder / image.name)
+                files[-1].write_bytes(image.read_bytes())
+    return files, captions
+
+
+def lay_out(root: Path, files: list[Path], captions: list[str], share: float) -> list[tuple[int, int]]:
+    """A COCO 2014 root of `share` of its size, with the keys that its annotations have."""
+    rng, counts = random.Random(1), []
+    (root / "annotations").mkdir(parents=True)
+    for part, (all_images, all_captions) in FULL.items():
+        (root / part).mkdir()
+        number, count = round(all_images * share), round(all_captions * share)
+        images, annotations = [], []
+        for position in range(number):
+            image_id = 2 * position + (part == "val2014")
+            name = f"COCO_{part}_{image_id:012d}.jpg"
+            (root / part / name).hardlink_to(files[position % len(files)])
+            images.append(
+                {
+                    "license": 5,
+                    "file_name": name,
+                    "coco_url": f"http://images.cocodataset.org/{part}/{name}",
+                    "height": 480,
+                    "width": 640,
+                    "date_captured": "2013-11-14 16:28:13",
+                    "flickr_url": f"http://farm9.staticflickr.com/8186/{image_id}_z.jpg",
+                    "id": image_id,
+                }
+            )
+        for position in range(count):
+            image_id = images[position % number]["id"]
+            annotations.append({"image_id": image_id, "id": position, "caption": rng.choice(captions)})
+        content = {"info": {}, "images": images, "licenses": [], "annotations": annotations}
+        (root / "annotations" / f"captions_{part}.json").write_text(json.dumps(content))
+        counts.append((number, count))
+    return counts
+
+
+def measure(root: Path, out: Path, args: argparse.Namespace) -> dict[str, float]:
+    """Run dataloader.py over all of `root`; seconds, and memory in MB."""
+    command = [sys.executable, str(ROOT / "dataloader.py"), f"--coco_dir={root}", "--limit_data=0"]
+    command += [f"--save_path={out}", f"--encoder={args.encoder}", f"--decoder={args.decoder}"]
+    command += [f"--num_proc={args.num_proc}"]
+    began, busy = time.monotonic(), cpu_seconds()
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, start_new_session=True)
+    peak = anonymous = 0
+    while process.poll() is None:
+        total, own = memory(process.pid)
+        peak, anonymous = max(peak, total), max(anonymous, own)
+        time.sleep(0.2)
+    if process.returncode:
+        raise SystemExit(f"dataloader.py ended with {process.returncode}")
+    seconds, busy = time.monotonic() - began, cpu_seconds() - busy
+    size = sum(file.stat().st_size for file in out.rglob("*") if file.is_file())
+    return {
+        "seconds": seconds,
+        "cpu": 1000 * busy,
+        "peak": peak / 1e3,
+        "anonymous": anonymous / 1e3,
+        "size": size / 1e6,
+        "rows": rows_per_second(out),
+    }
+
+
+def cpu_seconds() -> float:
+    """Of all processes that have ended, their children included: other work on the machine does not change it much."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
+def memory(session: int) -> tuple[int, int]:
+    """Kilobytes of all processes of a session: with and without mapped files."""
+    total = anonymous = 0
+    for status in Path("/proc").glob("[0-9]*/smaps_rollup"):
+        try:
+            if os.getsid(int(status.parent.name)) != session:
+                continue
+            lines = dict(line.split(":") for line in status.read_text().splitlines()[1:])
+        except (OSError, ValueError):  # it has ended
+            continue
+        total += int(lines["Pss"].split()[0])
+        anonymous += int(lines["Pss_Anon"].split()[0])
+    return total, anonymous
+
+
+def rows_per_second(folder: Path) -> float:
+    """How fast rows are read in random order, image decoded: what training asks of the folder."""
+    from datasets import load_from_disk
+
+    rows = load_from_disk(str(folder))["train"]
+    order = random.Random(0).sample(range(len(rows)), min(500, len(rows)))
+    began = time.monotonic()
+    for position in order:
+        rows[position]["image"].load()
+    return len(order) / (time.monotonic() - began)
+
+
+if __name__ == "__main__":
+    main()
