@@ -93,6 +93,16 @@ def build_parser() -> argparse.ArgumentParser:
         action="store_true",
         help="with --freeze_encoder: compute the encoder's output once, keep it in DATA_PATH/.features",
     )
+    parts.add_argument(
+        "--augment",
+        nargs="?",
+        type=int,
+        const=2,
+        default=0,
+        metavar="VARIANTS",
+        help="a random crop, colours and mirroring of each image anew in every epoch; with --cache_features, so many "
+        "variants in turn, the image as it is included (default: off; 2 where no number follows)",
+    )
     rates = parser.add_argument_group("learning rates (--learning_rate is for parts that start from random weights)")
     for part, default in (("encoder", "2e-5"), ("decoder", "1e-4"), ("cross_attention", "1e-4")):
         help_text = f"of the {part.replace('_', '-')} when it is pretrained (default: {default})"
@@ -187,6 +197,8 @@ def parse_arguments(argv: list[str] | None):
         check_rest(parser, rest)
         if args.cache_features and args.freeze_encoder != math.inf:
             parser.error("--cache_features needs --freeze_encoder: features of a moving encoder cannot be kept")
+        if args.augment and (args.augment < 0 or (args.augment < 2 and args.cache_features)):
+            parser.error(f"--augment {args.augment} is below 2 variants of each image")
         for flag in ("freeze_encoder", "cross_attention_epochs", "self_critical_epochs"):
             if getattr(args, flag) < 0:
                 parser.error(f"--{flag} {getattr(args, flag):g} is below 0")
@@ -369,7 +381,10 @@ def main(argv: list[str] | None = None) -> int:
     image_processor = model.load_image_processor(args.data_path if same_encoder else args.encoder)
     check_tokenizer(args, tokenizer, description)
     pixels = batch.Pixels(image_processor)
-    datasets = {split: batch.CaptionDataset(rows, pixels) for split, rows in splits.items()}
+    datasets = {
+        split: batch.CaptionDataset(rows, pixels, split == "train" and args.augment > 0, training.seed)
+        for split, rows in splits.items()
+    }
     references = {
         image_id: captions
         for split in ("validation", "test")
@@ -414,11 +429,12 @@ def main(argv: list[str] | None = None) -> int:
     if args.cache_features:
         net.to(training.device)
         for split, dataset in datasets.items():
+            folder, variants = args.data_path / ".features", range(args.augment if dataset.augment else 1)
             with training.main_process_first(desc="features"):
-                folder = args.data_path / ".features"
-                dataset.features = cached_features(
-                    bundle, dataset, folder, split, training.per_device_eval_batch_size, say
-                )
+                dataset.features = [
+                    cached_features(bundle, dataset, folder, split, training.per_device_eval_batch_size, say, variant)
+                    for variant in variants
+                ]
 
     # Training
     if args.packing and not can_pack(net):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import inspect
 import json
 import shutil
 import sys
@@ -19,15 +20,18 @@ import torch
 from tqdm import tqdm
 
 from captioning import InputError
-from captioning.batch import CaptionDataset
+from captioning.batch import CaptionDataset, augmented
 from captioning.model import Bundle
 
 SAVE_EVERY = 16  # batches; what an interruption loses at most
 
 
-def fingerprint(bundle: Bundle, dataset: CaptionDataset) -> str:
+def fingerprint(bundle: Bundle, dataset: CaptionDataset, variant: int = 0) -> str:
     """Twenty hexadecimal digits that change whenever the features would."""
     digest = hashlib.sha256()
+    if variant:
+        digest.update(inspect.getsource(augmented).encode())
+        digest.update(json.dumps([variant, dataset.seed, list(dataset.rows["captions"])]).encode())
     digest.update(bundle.model.encoder.config.to_json_string().encode())
     digest.update(json.dumps(bundle.image_processor.to_dict(), sort_keys=True, default=str).encode())
     for name, tensor in sorted(bundle.model.encoder.state_dict().items()):
@@ -40,7 +44,13 @@ def fingerprint(bundle: Bundle, dataset: CaptionDataset) -> str:
 
 @torch.inference_mode()
 def cached_features(
-    bundle: Bundle, dataset: CaptionDataset, folder: Path, split: str, batch_size: int, say: Callable[[str], None]
+    bundle: Bundle,
+    dataset: CaptionDataset,
+    folder: Path,
+    split: str,
+    batch_size: int,
+    say: Callable[[str], None],
+    variant: int = 0,
 ) -> np.ndarray:
     """The features of every image of `dataset`, in its order, from the cache or computed now.
 
@@ -50,6 +60,7 @@ def cached_features(
         split: part of the file's name.
         batch_size: images at a time.
         say: told in one line what is about to be written, or reused.
+        variant: which augmentation of the images; 0: as they are.
 
     Returns:
         float16 (images, tokens, hidden size), memory-mapped.
@@ -57,14 +68,14 @@ def cached_features(
     Raises:
         InputError: the disk has no room for it.
     """
-    path = folder / f"{split}-{fingerprint(bundle, dataset)}.npy"
+    path = folder / f"{split}-{fingerprint(bundle, dataset, variant)}.npy"
     if path.is_file():
         say(f"features: {split} from {path}")
         return np.load(path, mmap_mode="r")
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(path.with_suffix(".lock")):
         if not path.is_file():  # another run may have finished it while this one waited
-            _compute(bundle, dataset, path, split, batch_size, say)
+            _compute(bundle, dataset, path, split, batch_size, say, variant)
     return np.load(path, mmap_mode="r")
 
 
@@ -82,7 +93,13 @@ def _only_one(lock: Path) -> Iterator[None]:
 
 
 def _compute(
-    bundle: Bundle, dataset: CaptionDataset, path: Path, split: str, batch_size: int, say: Callable[[str], None]
+    bundle: Bundle,
+    dataset: CaptionDataset,
+    path: Path,
+    split: str,
+    batch_size: int,
+    say: Callable[[str], None],
+    variant: int,
 ) -> None:
     """Write the features of `dataset` to `path`, going on where an earlier call was interrupted."""
     folder = path.parent
@@ -93,7 +110,7 @@ def _compute(
         normalised = pixels.normalise(torch.from_numpy(np.stack(images)).to(device))
         return encoder(pixel_values=normalised).last_hidden_state.to(torch.float16).cpu().numpy()
 
-    shape = (len(dataset), *encode([dataset.image(0)]).shape[1:])
+    shape = (len(dataset), *encode([dataset.image(0, variant)]).shape[1:])
     size = 2 * int(np.prod(shape, dtype=np.int64))
     part, progress = path.with_suffix(".part"), path.with_suffix(".done")
     free = shutil.disk_usage(folder).free + (part.stat().st_size if part.exists() else 0)
@@ -109,7 +126,7 @@ def _compute(
     with tqdm(total=len(dataset), initial=done, unit="image", desc=f"{split} features", file=sys.stderr) as bar:
         for number, start in enumerate(range(done, len(dataset), batch_size), 1):
             stop = min(start + batch_size, len(dataset))
-            features[start:stop] = encode([dataset.image(index) for index in range(start, stop)])
+            features[start:stop] = encode([dataset.image(index, variant) for index in range(start, stop)])
             bar.update(stop - start)
             if number % SAVE_EVERY == 0:
                 features.flush()

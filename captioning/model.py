@@ -56,7 +56,7 @@ DECODER_PRESETS: dict[str, dict[str, int]] = {
     # No dropout on the attention weights: it rules out the fused kernels, and costs a tenth of the time.
     "tiny": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0},
     "small": {"n_embd": 256, "n_layer": 3, "n_head": 4, "n_positions": 256, "attn_pdrop": 0.0},
-    "base": {},
+    "base": {"attn_pdrop": 0.0},
 }
 # The largest vocabulary that a preset's tokenizer may learn from the training captions.
 VOCABULARY = {"tiny": 1_000, "small": 5_000, "base": 50_257}
@@ -291,6 +291,7 @@ def build_decoder(name: str, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadMo
         raise InputError(f"--decoder '{name}' is a {config.model_type}; name a model of the GPT-2 family")
     _require_safetensors(folder, "--decoder")
     config.is_decoder, config.add_cross_attention = True, True
+    config.attn_pdrop = 0.0  # as in the presets; the dropout after each layer stays
     try:
         decoder = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False

@@ -299,12 +299,12 @@ class CaptionTrainer(Seq2SeqTrainer):
         return caption_loss(outputs.logits[0], labels, num_items_in_batch, self.args.label_smoothing_factor)
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy != "group_by_length":
+        if self.args.train_sampling_strategy == "sequential":
             return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         together = self.args.train_batch_size * self.args.world_size
-        return LengthSampler(dataset.lengths(), together, seed)
+        return LengthSampler(dataset.lengths(), together, seed, self.args.train_sampling_strategy == "group_by_length")
 
     def _get_eval_sampler(self, eval_dataset):
         return torch.utils.data.SequentialSampler(eval_dataset)

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+from datasets import load_from_disk
 from PIL import Image
 from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPil
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
@@ -113,7 +114,7 @@ def test_length_sampler_gives_every_image_once_with_little_padding_and_repeatabl
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
         orders.append(list(sampler))
-        assert sorted(orders[-1]) == list(range(1003))
+        assert sorted(orders[-1]) == list(range(epoch * 1003, (epoch + 1) * 1003))
     assert orders[0] == orders[2] != orders[1]
     assert sampler.padding() < 0.1
     # The least sorting that achieves it: half the window would not.
@@ -124,3 +125,42 @@ def test_length_sampler_gives_every_image_once_with_little_padding_and_repeatabl
     # Batches do not come in the order of their length.
     firsts = [lengths[i] for i in orders[0][::16]]
     assert firsts != sorted(firsts) and abs(np.corrcoef(firsts, range(len(firsts)))[0, 1]) < 0.5
+
+
+def test_without_sorting_the_order_is_random_and_every_image_comes_once():
+    sampler = batch.LengthSampler(range(1, 101), 10, seed=0, sort=False)
+    assert sampler.window == 1
+    order = list(sampler)
+    assert sorted(order) == list(range(100)) != order
+    assert np.ptp(np.reshape(order, (10, 10)), axis=1).mean() > 70, "lengths as unlike as chance makes them"
+
+
+def test_an_augmented_image_depends_on_seed_epoch_and_image_alone(prepared):
+    rows = load_from_disk(str(prepared))["train"].select(range(6))
+    pixels = batch.Pixels(model.load_image_processor(prepared))
+    dataset = batch.CaptionDataset(rows, pixels, augment=True, seed=1)
+    plain = batch.CaptionDataset(rows, pixels)
+    first = [dataset[index]["pixels"] for index in range(6)]
+    assert all(np.array_equal(a, plain[index]["pixels"]) for index, a in enumerate(first)), "the first epoch sees all"
+    later = {(epoch, index): dataset[6 * epoch + index]["pixels"] for epoch in (1, 2) for index in range(6)}
+    again = batch.CaptionDataset(rows.select([4]), pixels, augment=True, seed=1)
+    assert np.array_equal(again[2]["pixels"], later[2, 4]), "whatever the other images are"
+    assert not np.array_equal(later[1, 4], later[2, 4])
+    assert not np.array_equal(batch.CaptionDataset(rows, pixels, True, 2)[6 * 2 + 4]["pixels"], later[2, 4])
+    assert later[1, 0].shape == first[0].shape and later[1, 0].dtype == np.uint8
+
+
+def test_only_images_whose_captions_name_no_side_are_mirrored():
+    gradient = Image.fromarray(np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 1, 3)))
+
+    def mirrored(may_mirror):
+        variants = [batch.augmented(gradient, np.random.default_rng(seed), may_mirror) for seed in range(40)]
+        assert all(variant.size == gradient.size for variant in variants)
+        return sum(np.asarray(variant)[:, 0].mean() > np.asarray(variant)[:, -1].mean() for variant in variants)
+
+    assert 10 <= mirrored(True) <= 30
+    assert mirrored(False) == 0
+    for caption in ("A man on the left.", "the RIGHTmost dog", "left-handed"):
+        assert batch.DIRECTIONS.search(caption)
+    for caption in ("a bright light", "cleft", "upright"):
+        assert not batch.DIRECTIONS.search(caption)

@@ -45,7 +45,7 @@ def test_loss_with_cached_features_equals_the_live_loss(bundle_and_data, tmp_pat
     collate = batch.Collator(bundle.model.config.decoder_start_token_id, 0)
     losses = []
     for cached in (None, compute(bundle, dataset, tmp_path)):
-        dataset.features = cached
+        dataset.features = () if cached is None else [cached]
         inputs = collate([dataset[index] for index in range(6)])
         mask = batch.packed_attention_mask(inputs["segment_ids"])
         if cached is None:
@@ -81,18 +81,20 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(bundle_and_data, tm
     monkeypatch.setattr(features, "SAVE_EVERY", 1)
     decode, seen = batch.CaptionDataset.image, []
 
-    def interrupted(self, index):
+    def interrupted(self, index, variant=0):
         seen.append(index)
         if index == 13:
             raise KeyboardInterrupt
-        return decode(self, index)
+        return decode(self, index, variant)
 
     monkeypatch.setattr(batch.CaptionDataset, "image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compute(bundle, dataset, tmp_path / "resumed")
     assert not list((tmp_path / "resumed").glob("*.npy"))
     seen.clear()
-    monkeypatch.setattr(batch.CaptionDataset, "image", lambda self, index: seen.append(index) or decode(self, index))
+    monkeypatch.setattr(
+        batch.CaptionDataset, "image", lambda self, index, variant=0: seen.append(index) or decode(self, index, variant)
+    )
     resumed = compute(bundle, dataset, tmp_path / "resumed")
     assert np.array_equal(resumed, undisturbed)
     assert seen == [0, *range(12, 21)], "the first image tells the shape; the others go on after three whole batches"
@@ -131,3 +133,24 @@ def test_caching_a_moving_encoder_is_refused(prepared, tmp_path, capsys):
     with pytest.raises(SystemExit):
         train.parse_arguments([f"--data_path={prepared}", f"--output_dir={tmp_path}", "--cache_features"])
     assert "--cache_features needs --freeze_encoder" in capsys.readouterr().err
+
+
+def test_variants_are_cached_apart_and_taken_in_turn(bundle_and_data, prepared, tmp_path):
+    bundle, plain = bundle_and_data
+    rows = load_from_disk(str(prepared))["validation"].select(range(21))
+    dataset = batch.CaptionDataset(rows, plain.pixels, augment=True, seed=3)
+    cached = [
+        features.cached_features(bundle, dataset, tmp_path, "validation", 4, lambda _: None, variant)
+        for variant in range(3)
+    ]
+    assert len(list(tmp_path.glob("*.npy"))) == 3
+    assert np.array_equal(cached[0], compute(bundle, plain, tmp_path)), "variant 0 is the image as it is"
+    dataset.features = cached
+    for epoch in range(5):
+        assert np.array_equal(dataset[epoch * 21 + 8]["features"], cached[epoch % 3][8])
+    live = plain.pixels.normalise(torch.from_numpy(dataset.image(8, 2))[None])
+    live = bundle.model.encoder.eval()(pixel_values=live).last_hidden_state[0].detach().numpy()
+    np.testing.assert_allclose(cached[2][8].astype(np.float32), live, atol=4e-3)
+    other = batch.CaptionDataset(rows, plain.pixels, augment=True, seed=4)
+    names = {features.fingerprint(bundle, d, v) for d in (dataset, other) for v in (0, 1, 2)}
+    assert len(names) == 5, "variant 0 does not depend on the seed"

@@ -329,7 +329,7 @@ def train_ours(bundle, args: argparse.Namespace, cached: bool) -> tuple[int, flo
             settings.update(dataloader_num_workers=args.workers, dataloader_persistent_workers=args.workers > 0)
         if cached:
             bundle.model.encoder.requires_grad_(False)
-            rows.features = features.cached_features(bundle, rows, Path(folder), "train", 16, lambda _: None)
+            rows.features = [features.cached_features(bundle, rows, Path(folder), "train", 16, lambda _: None)]
         start, pad = bundle.model.config.decoder_start_token_id, bundle.tokenizer.pad_token_id
         trainer = CaptionTrainer(
             bundle,
