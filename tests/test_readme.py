@@ -12,9 +12,7 @@ OTHERS = {
     "--multi_gpu",
     "--num_processes",
     "--cpu",
-    "--oracle_python",
-    "--images",
-}  # accelerate launch, tests/benchmarks
+}  # accelerate launch
 
 
 def options(script: str) -> set[str]:
@@ -24,6 +22,7 @@ def options(script: str) -> set[str]:
 
 def test_every_flag_exists():
     known = options("dataloader.py") | options("inference.py") | options("train.py") | OTHERS
+    known |= set.union(*(options(path.relative_to(ROOT)) for path in (ROOT / "tests" / "benchmarks").glob("*.py")))
     known |= {f"--{part}_lr" for part in ("encoder", "decoder", "cross_attention")} | {"--no-packing"}
     known |= {f"--{name}" for name in train.training_argument_types()}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
