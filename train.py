@@ -43,6 +43,8 @@ DEFAULTS: dict[str, Any] = {
     "predict_with_generate": True,
     "remove_unused_columns": False,
     "report_to": "none",
+    # Otherwise decided by transformers' log level, which is at errors only.
+    "disable_tqdm": False,
     # Rank 0 computes cached features while the others wait.
     "ddp_timeout": 7200,
     # A loss that is not a number is to be seen, not logged as zero.

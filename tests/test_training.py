@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -456,6 +457,7 @@ def test_the_run_folder_is_complete(trained, prepared):
         "epoch 2  validation loss",
     ):
         assert said in err
+    assert re.search(r"training: +100%.* 30/30 .*it/s, loss \d", err), "a bar with the rate, to its end"
 
 
 def test_the_best_checkpoint_is_the_one_that_is_kept(prepared, tmp_path):

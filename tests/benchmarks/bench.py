@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--size", default="base", choices=("base", "small", "tiny"), help="of encoder and decoder")
     parser.add_argument("--images", type=Path, help="a COCO 2014 root (default: drawn scenes at 480 px)")
     parser.add_argument("--seconds", type=float, default=60, help="of measuring, for each case at least")
-    parser.add_argument("--batch", type=int, default=8, help="images per training batch, five captions each")
+    parser.add_argument("--batch", type=int, default=4, help="images per training batch (8: over 20 GB)")
     parser.add_argument("--workers", type=int, help="processes that read our training images (default: as train.py)")
     parser.add_argument(
         "--oracle_python", default=sys.executable, help="of an environment with pycocoevalcap and Java, for score"
