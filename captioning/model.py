@@ -53,11 +53,13 @@ ENCODER_PRESETS: dict[str, dict[str, int]] = {
     "base": {},
 }
 DECODER_PRESETS: dict[str, dict[str, int]] = {
-    # No dropout on the attention weights: it rules out the fused kernels, and costs a tenth of the time.
-    "tiny": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128, "attn_pdrop": 0.0},
-    "small": {"n_embd": 256, "n_layer": 3, "n_head": 4, "n_positions": 256, "attn_pdrop": 0.0},
-    "base": {"attn_pdrop": 0.0},
+    "tiny": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "small": {"n_embd": 256, "n_layer": 3, "n_head": 4, "n_positions": 256},
+    "base": {},
 }
+# What makes any GPT-2 faster: no dropout on the attention weights, which rules out the fused kernels (the dropout after
+# each layer stays), and gelu_new as one kernel instead of eight, under the name that it has in PyTorch.
+FASTER = {"attn_pdrop": 0.0, "activation_function": "gelu_pytorch_tanh"}
 # The largest vocabulary that a preset's tokenizer may learn from the training captions.
 VOCABULARY = {"tiny": 1_000, "small": 5_000, "base": 50_257}
 # How captions are decoded unless told otherwise.
@@ -277,6 +279,7 @@ def build_decoder(name: str, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadMo
     if name in DECODER_PRESETS:
         config = GPT2Config(
             **DECODER_PRESETS[name],
+            **FASTER,
             vocab_size=len(tokenizer),
             bos_token_id=tokenizer.bos_token_id,
             eos_token_id=tokenizer.eos_token_id,
@@ -291,7 +294,9 @@ def build_decoder(name: str, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadMo
         raise InputError(f"--decoder '{name}' is a {config.model_type}; name a model of the GPT-2 family")
     _require_safetensors(folder, "--decoder")
     config.is_decoder, config.add_cross_attention = True, True
-    config.attn_pdrop = 0.0  # as in the presets; the dropout after each layer stays
+    config.attn_pdrop = FASTER["attn_pdrop"]
+    if config.activation_function == "gelu_new":
+        config.activation_function = FASTER["activation_function"]
     try:
         decoder = AutoModelForCausalLM.from_pretrained(
             folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False

@@ -235,3 +235,18 @@ def test_keys_and_values_once_per_image_give_the_same_tokens(tokenizer, settings
     ours = model.generate_tokens(net, states, max_new_tokens=12, **settings)
     assert torch.equal(ours, plain)
     assert len({tuple(row) for row in ours.tolist()}) > 1
+
+
+def test_a_pretrained_decoder_gets_the_faster_form_of_the_same_function(tokenizer, tmp_path):
+    torch.manual_seed(0)
+    sizes = {"n_embd": 64, "n_layer": 2, "n_head": 2, "n_positions": 64}
+    config = GPT2Config(**sizes, vocab_size=len(tokenizer))
+    assert config.activation_function == "gelu_new"
+    plain = GPT2LMHeadModel(config).eval()
+    plain.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    ours = model.build_decoder(str(tmp_path), tokenizer).eval()
+    assert ours.config.activation_function == "gelu_pytorch_tanh" and ours.config.attn_pdrop == 0
+    assert ours.config.resid_pdrop == config.resid_pdrop
+    ids = torch.randint(0, len(tokenizer), (2, 9))
+    torch.testing.assert_close(ours(ids).logits, plain(ids).logits, atol=1e-5, rtol=1e-5)
