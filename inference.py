@@ -388,6 +388,9 @@ def read_predictions(file: Path, references: dict[int, list[str]]) -> dict[int, 
     try:
         content = json.loads(file.read_text(encoding="utf-8"))
         predictions = {entry["image_id"]: entry["caption"] for entry in content}
+        for image_id, caption in predictions.items():
+            if type(image_id) is not int or not isinstance(caption, str):
+                raise TypeError(f"image_id {image_id!r}, caption {caption!r}")
     except OSError as error:
         raise InputError(f"cannot read --predictions '{file}': {error.strerror}") from None
     except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
@@ -397,6 +400,15 @@ def read_predictions(file: Path, references: dict[int, list[str]]) -> dict[int, 
         ) from None
     if len(predictions) != len(content):
         raise InputError(f"--predictions '{file}' captions an image twice; keep one caption per image")
+    for ids, problem in (
+        (references.keys() - predictions.keys(), "not captioned"),
+        (predictions.keys() - references.keys(), "captioned, and not in the split"),
+    ):
+        if ids:
+            raise InputError(
+                f"--predictions '{file}': {len(ids):,} images are {problem}, such as {min(ids)}; "
+                "it has to caption each image of the --split once"
+            )
     return predictions
 
 

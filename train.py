@@ -13,16 +13,18 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import difflib
 import importlib.util
-import json
 import math
 import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from captioning import InputError, cli
+from captioning import InputError, cli, resilience
+from captioning.files import only_process
 
 # Our defaults where they differ from those of Seq2SeqTrainingArguments.
 DEFAULTS: dict[str, Any] = {
@@ -52,6 +54,21 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
 }
 
+# Flags of Seq2SeqTrainingArguments, the least that each can be, and what it has to stay below.
+LIMITS = (
+    ("per_device_train_batch_size", 1, math.inf),
+    ("per_device_eval_batch_size", 1, math.inf),
+    ("gradient_accumulation_steps", 1, math.inf),
+    ("generation_num_beams", 1, math.inf),
+    ("generation_max_length", 1, math.inf),
+    ("dataloader_num_workers", 0, math.inf),
+    ("weight_decay", 0, math.inf),
+    ("label_smoothing_factor", 0, 1),
+    ("adam_beta1", 0, 1),
+    ("adam_beta2", 0, 1),
+    ("seed", 0, 2**32),
+)
+
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
@@ -68,7 +85,7 @@ def build_parser() -> argparse.ArgumentParser:
     data.add_argument(
         "--resume_from_checkpoint",
         metavar="DIR",
-        help="continue from this checkpoint; auto: from the newest one",
+        help="continue from this checkpoint; auto: from the newest whole one",
     )
     parts = parser.add_argument_group("model")
     parts.add_argument("--encoder", help="a preset (tiny, small, base), folder or hub id (default: as in the data)")
@@ -211,10 +228,12 @@ def parse_arguments(argv: list[str] | None):
             parser.error("--epochs and --num_train_epochs or --max_steps say two things; give one of them")
         if args.patience is not None and args.patience < 1:
             parser.error(f"--patience {args.patience} is below 1")
-        if args.epochs is not None and args.epochs <= 0:
-            parser.error(f"--epochs {args.epochs:g} is not above 0")
+        if args.epochs is not None and not 0 < args.epochs < math.inf:
+            parser.error(f"--epochs {args.epochs:g} is not above 0 and finite")
         if args.output_dir.exists() and not args.output_dir.is_dir():
             parser.error(f"--output_dir '{args.output_dir}' is a file; name a folder")
+        if any(folder.is_file() for folder in args.output_dir.absolute().parents):
+            parser.error(f"--output_dir '{args.output_dir}' lies below a file; name another folder")
         find_checkpoint(args)
         if not (args.data_path / "dataset.json").is_file():
             parser.error(f"--data_path '{args.data_path}' is not a folder of dataloader.py; did you run it?")
@@ -255,6 +274,8 @@ def parse_arguments(argv: list[str] | None):
     if unused:
         raise InputError(f"'{unused[0]}' belongs to no flag")
     check_training(training)
+    if args.patience and training.eval_strategy == "no":
+        raise InputError("--patience needs evaluations: leave it or --eval_strategy no out")
     return args, training
 
 
@@ -269,11 +290,16 @@ def check_training(training) -> None:
     ):
         if getattr(training, flag) != must:
             raise InputError(f"--{flag} {not must} cannot work here: every image is captioned and scored; leave it out")
-    for flag in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps"):
-        if getattr(training, flag) < 1:
-            raise InputError(f"--{flag} {getattr(training, flag)} is below 1")
-    if training.learning_rate <= 0:
-        raise InputError(f"--learning_rate {training.learning_rate:g} is not above 0")
+    for flag, least, limit in LIMITS:
+        value = getattr(training, flag)
+        if value is not None and not least <= value < limit:
+            reason = f"below {least}" if value < least else f"not between {least} and {limit}"
+            raise InputError(f"--{flag} {value} is {reason}")
+    if training.max_steps < 1 and training.max_steps != -1:
+        raise InputError(f"--max_steps {training.max_steps} is below 1")
+    for flag in ("learning_rate", "num_train_epochs"):
+        if not 0 < getattr(training, flag) < math.inf:
+            raise InputError(f"--{flag} {getattr(training, flag):g} is not above 0 and finite")
     metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in SCORES:
         raise InputError(f"--metric_for_best_model '{metric}' is not a score; choose from {', '.join(SCORES)}")
@@ -331,8 +357,8 @@ def learning_rates(args: argparse.Namespace, training, net, new: set[str]) -> di
     rates = {}
     for part in PARTS:
         own = getattr(args, f"{part}_lr")
-        if own is not None and own <= 0:
-            raise InputError(f"--{part}_lr {own:g} is not above 0")
+        if own is not None and not 0 < own < math.inf:
+            raise InputError(f"--{part}_lr {own:g} is not above 0 and finite")
         rates[part] = own or (training.learning_rate if part in fresh else gentle[part])
     return rates
 
@@ -342,27 +368,36 @@ def find_checkpoint(args: argparse.Namespace) -> Path | None:
     asked = args.resume_from_checkpoint
     if asked is None or asked.lower() == "false":
         return None
-    if asked.lower() not in ("auto", "true"):
-        if not is_whole(Path(asked)):
-            raise InputError(
-                f"--resume_from_checkpoint '{asked}' is not a checkpoint folder; name a whole checkpoint-* or auto"
-            )
-        return Path(asked)
-    checkpoints = [path for path in args.output_dir.glob("checkpoint-*") if path.name[11:].isdigit()]
-    return max(filter(is_whole, checkpoints), key=lambda path: int(path.name[11:]), default=None)
-
-
-def is_whole(checkpoint: Path) -> bool:
-    """Whether a checkpoint was written to its end: the Trainer writes its state last."""
-    try:
-        return "global_step" in json.loads((checkpoint / "trainer_state.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
+    if asked.lower() in ("auto", "true"):
+        return resilience.newest_checkpoint(args.output_dir)
+    if reason := resilience.damage(Path(asked)):
+        raise InputError(
+            f"--resume_from_checkpoint '{asked}' is not a whole checkpoint folder: {reason}; name another "
+            "checkpoint-*, or auto for the newest whole one"
+        )
+    return Path(asked)
 
 
 def main(argv: list[str] | None = None) -> int:
     args, training = parse_arguments(argv)
+    with resilience.explained(training), resilience.stoppable(training), only_run_in(args.output_dir, training):
+        return train(args, training)
 
+
+@contextlib.contextmanager
+def only_run_in(folder: Path, training) -> Iterator[None]:
+    """The run folder for this run alone."""
+    if training.process_index:  # the first process holds it for all
+        yield
+        return
+    with only_process(folder / ".lock") as alone:
+        if not alone:
+            raise InputError(f"--output_dir '{folder}' belongs to a training that is running; name another folder")
+        yield
+
+
+def train(args: argparse.Namespace, training) -> int:
+    """Everything between the arguments and the run folder."""
     from datasets.utils.logging import disable_progress_bar
     from transformers import EarlyStoppingCallback, set_seed
 
@@ -409,7 +444,14 @@ def main(argv: list[str] | None = None) -> int:
     if frozen:
         net.encoder.requires_grad_(False)
     positions = net.decoder.config.max_position_embeddings
-    longest = max(len(labels) for rows in splits.values() for captions in rows["labels"] for labels in captions)
+    longest = highest = 0
+    for labels in (labels for rows in splits.values() for captions in rows["labels"] for labels in captions):
+        longest, highest = max(longest, len(labels)), max(highest, *labels)
+    if highest >= len(tokenizer):
+        raise InputError(
+            f"--data_path '{args.data_path}' was made for another tokenizer than lies in it: its labels hold token "
+            f"{highest}, and the tokenizer has {len(tokenizer)} tokens; run dataloader.py again"
+        )
     generated = training.generation_max_length or net.generation_config.max_new_tokens
     if max(longest, generated + 1) > positions:
         raise InputError(
@@ -485,7 +527,8 @@ def main(argv: list[str] | None = None) -> int:
         model.save(bundle, args.output_dir)  # before any evaluation in half precision rounds the weights
 
     # Scores of the checkpoint that is kept. The test split is seen here, once.
-    kept = trainer.state.best_global_step if training.load_best_model_at_end else None
+    best = training.load_best_model_at_end and trainer.state.best_model_checkpoint
+    kept = trainer.state.best_global_step if best else None
     validation = evaluation_at(kept, trainer.state) if kept else strip(trainer.evaluate(), "eval_")
     test = strip(trainer.predict(datasets["test"]).metrics, "test_")
     if trainer.is_world_process_zero():

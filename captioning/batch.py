@@ -56,12 +56,21 @@ def load_prepared(folder: Path) -> tuple[Any, dict[str, Any]]:
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"--data_path '{folder}' cannot be read ({reason}); run dataloader.py again") from None
+    except IndexError:
+        raise InputError(f"--data_path '{folder}' has a split without images; run dataloader.py again") from None
     for split in ("train", "validation", "test"):
         if split not in splits or not len(splits[split]):
             raise InputError(f"--data_path '{folder}' has no {split} images; run dataloader.py again")
+        missing = {"image_id", "image", "captions", "labels"} - set(splits[split].column_names)
+        if missing:
+            raise InputError(
+                f"the {split} split of --data_path '{folder}' has no column '{min(missing)}'; run dataloader.py again"
+            )
     missing = {"source", "encoder", "decoder", "images"} - set(description)
     if missing:
         raise InputError(f"'{folder}/dataset.json' does not say '{min(missing)}'; run dataloader.py again")
+    if not isinstance(description["images"], dict) or set(splits) - set(description["images"]):
+        raise InputError(f"'{folder}/dataset.json' does not count each split's images; run dataloader.py again")
     return splits, description
 
 
@@ -247,7 +256,13 @@ class CaptionDataset(torch.utils.data.Dataset):
             yield image["bytes"]
 
     def _decode(self, row: dict[str, Any], variant: int) -> np.ndarray:
-        image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        try:
+            image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
+        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"image {row['image_id']} of the prepared data cannot be read ({reason}); run dataloader.py again"
+            ) from None
         if variant and self.augment:
             rng = np.random.default_rng((self.seed, variant, row["image_id"]))
             image = augmented(image, rng, not any(map(DIRECTIONS.search, row["captions"])))

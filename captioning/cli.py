@@ -42,10 +42,10 @@ def run(main: Callable[[], int | None]) -> None:
         what = "the disk is full; make room and run the same command again" if full else error.strerror or error
         print(f"{name}: error: {where}{what}", file=sys.stderr)
         code = 2
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as error:
         if "--debug" in sys.argv:
             raise
-        print("\nstopped", file=sys.stderr)
+        print(f"\n{str(error) or 'stopped'}", file=sys.stderr)
         code = 130
     sys.exit(code)
 

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from captioning import InputError
 from captioning.batch import CaptionDataset, augmented
+from captioning.files import write_whole
 from captioning.model import Bundle
 
 SAVE_EVERY = 16  # batches; what an interruption loses at most
@@ -130,7 +131,7 @@ def _compute(
             bar.update(stop - start)
             if number % SAVE_EVERY == 0:
                 features.flush()
-                progress.write_text(str(stop))
+                write_whole(progress, str(stop))
     features.flush()
     del features
     part.replace(path)

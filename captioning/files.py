@@ -8,6 +8,8 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from safetensors import SafetensorError, safe_open
+
 from captioning import InputError
 
 
@@ -86,6 +88,49 @@ def write_whole(path: Path, content: bytes | str) -> None:
     """Write bytes, or text as UTF-8."""
     with replacing(path) as part:
         part.write_bytes(content if isinstance(content, bytes) else content.encode())
+
+
+def is_whole_safetensors(path: Path) -> bool:
+    """Whether a file of weights is as long as its header says."""
+    try:
+        with safe_open(path, "np"):
+            return True
+    except (OSError, SafetensorError):
+        return False
+
+
+@contextlib.contextmanager
+def only_process(lock: Path) -> Iterator[bool]:
+    """Hold `lock` for this process without its children; yields False when another one holds it.
+
+    The hold goes with the process, however it ends. The file goes with the block, and so does its folder where nothing
+    else is in it. Where there are no such locks (Windows), nobody is refused.
+    """
+    try:
+        import fcntl
+    except ImportError:
+        yield True
+        return
+    while True:
+        lock.parent.mkdir(parents=True, exist_ok=True)
+        with lock.open("w") as file:
+            try:
+                # Not flock: data workers would inherit it, and they outlive a killed run for some seconds.
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except (BlockingIOError, PermissionError):
+                yield False
+                return
+            except OSError:  # a file system without locks
+                pass
+            if not (lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())):
+                continue  # its last holder has removed it in the meantime
+            try:
+                yield True
+                return
+            finally:
+                lock.unlink(missing_ok=True)
+                with contextlib.suppress(OSError):  # there is something in it
+                    lock.parent.rmdir()
 
 
 def read_json(path: Path) -> dict:

@@ -11,6 +11,7 @@ import functools
 import json
 import os
 import re
+import shutil
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from captioning import InputError
+from captioning.files import is_whole_safetensors
 
 ENCODER_PRESETS: dict[str, dict[str, int]] = {
     # 64 patches of 8 px: 0.5 M parameters, for drawn scenes and tests.
@@ -136,7 +138,11 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
 
 
 def _require_safetensors(folder: Path, what: str) -> None:
-    if any(folder.glob("*.safetensors")):
+    weights = sorted(folder.glob("*.safetensors"))
+    for file in weights:
+        if not is_whole_safetensors(file):
+            raise InputError(f"{what} '{folder}' has a damaged {file.name}, cut short perhaps; copy or write it again")
+    if weights:
         return
     pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
     if pickled:
@@ -409,10 +415,19 @@ def load(path: str | os.PathLike) -> Bundle:
 
 
 def save(bundle: Bundle, path: str | os.PathLike) -> None:
-    """Write a bundle so that `VisionEncoderDecoderModel.from_pretrained(path)` and `load(path)` read it."""
-    bundle.model.save_pretrained(path)
-    bundle.tokenizer.save_pretrained(path)
-    bundle.image_processor.save_pretrained(path)
+    """Write a bundle so that `VisionEncoderDecoderModel.from_pretrained(path)` and `load(path)` read it.
+
+    Each file takes its place when all are written: an interruption leaves an earlier bundle as it was.
+    """
+    part = Path(path, ".part")
+    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
+    try:
+        for piece in (bundle.model, bundle.tokenizer, bundle.image_processor):
+            piece.save_pretrained(part)
+        for file in part.iterdir():
+            file.replace(Path(path, file.name))
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:

@@ -2,18 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import math
 import sys
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 from tqdm import tqdm
-from transformers import DynamicCache, EncoderDecoderCache, Seq2SeqTrainer, VisionEncoderDecoderModel
+from transformers import (
+    DynamicCache,
+    EarlyStoppingCallback,
+    EncoderDecoderCache,
+    Seq2SeqTrainer,
+    TrainerCallback,
+    VisionEncoderDecoderModel,
+)
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -22,6 +32,7 @@ from captioning.batch import IGNORED, LengthSampler, Pixels, packed_attention_ma
 from captioning.cli import printable
 from captioning.metrics import CiderReward, coco_scores
 from captioning.model import Bundle, decode, generate_tokens, is_cross_attention
+from captioning.resilience import LossWatch, StopSignals, explained, in_own_group, whole_checkpoint
 
 PARTS = ("cross_attention", "decoder", "encoder")
 
@@ -214,7 +225,15 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.waited = self.evaluated = 0.0  # seconds spent waiting for data, and on evaluations
         for theirs in (ProgressCallback, PrinterCallback):  # they print dicts on stdout, which is for results
             self.remove_callback(theirs)
-        self.add_callback(Progress(self))
+        self.progress = Progress(self)
+        self.add_callback(self.progress)
+        self.add_callback(Resumed(self))
+        self.losses = LossWatch()
+        self.stop = StopSignals(speak=self.is_world_process_zero())
+        # Processes agree on stopping by messages between hosts: those between devices would make them wait.
+        self._hosts = torch.distributed.new_group(backend="gloo") if args.world_size > 1 else None
+        self._step_seen = -1
+        self._sampler: LengthSampler | None = None
 
     # ---- batches
 
@@ -244,7 +263,21 @@ class CaptionTrainer(Seq2SeqTrainer):
             self.captions = self.captions + (inputs["labels"] == self.processing_class.eos_token_id).sum()
         return batches, num_items
 
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper hands on what is read, not written
+        inner.worker_init_fn = functools.partial(in_own_group, then=inner.worker_init_fn)
+        # A loader draws its workers' seed whenever it starts them, which a resumed run does at other times: not from
+        # the generator that dropout draws from.
+        inner.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
     # ---- loss
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.losses(loss, self.state.global_step + 1, inputs["image_id"])
+        return loss
 
     def compute_loss(self, model, inputs, *args, **kwargs):
         if not any(parameter.requires_grad for parameter in self.bundle.model.encoder.parameters()):
@@ -304,7 +337,9 @@ class CaptionTrainer(Seq2SeqTrainer):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
         together = self.args.train_batch_size * self.args.world_size
-        return LengthSampler(dataset.lengths(), together, seed, self.args.train_sampling_strategy == "group_by_length")
+        sort = self.args.train_sampling_strategy == "group_by_length"
+        self._sampler = LengthSampler(dataset.lengths(), together, seed, sort)
+        return self._sampler
 
     def _get_eval_sampler(self, eval_dataset):
         return torch.utils.data.SequentialSampler(eval_dataset)
@@ -340,7 +375,68 @@ class CaptionTrainer(Seq2SeqTrainer):
                 group["lr"] = 0.0
         return scheduler
 
+    # ---- stopping and going on
+
+    def train(self, *args, **kwargs):
+        """As the Trainer's.
+
+        Raises:
+            KeyboardInterrupt: SIGINT or SIGTERM came; after the first there is a checkpoint of the update it came in.
+            InputError: the loss was not finite.
+        """
+        with self.stop, contextlib.closing(self.progress):
+            trained = super().train(*args, **kwargs)
+            if self._stop_asked():
+                raise KeyboardInterrupt
+        return trained
+
+    def _run_epoch(self, **kwargs):
+        # The Trainer would train one update more where a checkpoint is that of the last one.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if self.control.should_training_stop:
+            return
+        if self._sampler is not None:  # behind a loader that skips batches it would not be told
+            self._sampler.set_epoch(kwargs["epoch"])
+        super()._run_epoch(**kwargs)
+
+    def _stop_asked(self) -> bool:
+        """Whether any process was asked to stop; all processes have to call this together."""
+        asked = torch.tensor(int(self.stop.asked))
+        if self._hosts is not None:
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self._hosts)
+        return bool(asked)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, *args, **kwargs):
+        """What follows an update, and an epoch; here a run stops that was asked to, once it has a checkpoint.
+
+        After an epoch's last update this is called twice: only the second time it is known what follows the epoch. An
+        evaluation that is due is left to the run that goes on, which the checkpoint tells (see `Resumed`).
+        """
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self.losses.check()
+        comes_again = self.state.epoch == epoch + 1 and self.state.global_step != self._step_seen
+        self._step_seen = self.state.global_step
+        if comes_again or not self._stop_asked():
+            try:
+                return super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *args, **kwargs)
+            except EvaluationStopped:
+                pass
+        self._save_checkpoint(model, trial)
+        raise KeyboardInterrupt
+
     # ---- checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        self.losses.check()
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        with whole_checkpoint(folder) if self.args.should_save else contextlib.nullcontext():
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # What is written next says that the checkpoint is whole.
+        self.accelerator.wait_for_everyone()
 
     def _save(self, output_dir=None, state_dict=None):
         """A checkpoint is a run folder too: `inference.py --model_path run/checkpoint-100` works."""
@@ -383,6 +479,8 @@ class CaptionTrainer(Seq2SeqTrainer):
             (None, (token ids (images, length), summed loss (images,), number of tokens (images,)), ids (images,)).
             Sums, not means, so that the loss of a split does not depend on how it was cut into batches.
         """
+        if self.is_in_train and self._stop_asked():
+            raise EvaluationStopped
         image_id = inputs["image_id"].to(self.args.device)
         image_of_row = inputs["image_of_row"].to(self.args.device)
         inputs = self._prepare_inputs(inputs)
@@ -410,7 +508,8 @@ class CaptionTrainer(Seq2SeqTrainer):
 
     def evaluation_loop(self, dataloader, *args, **kwargs):
         self._images = len(dataloader.dataset)
-        return super().evaluation_loop(dataloader, *args, **kwargs)
+        with explained(self.args, evaluating=True):
+            return super().evaluation_loop(dataloader, *args, **kwargs)
 
     def evaluate(self, *args, **kwargs):
         started = time.perf_counter()
@@ -444,12 +543,44 @@ def peak_memory(device: torch.device) -> int | None:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
+class EvaluationStopped(Exception):
+    """Training was asked to stop while it evaluated."""
+
+
+class Resumed(TrainerCallback):
+    """What a checkpoint knows and the Trainer leaves there: an evaluation that is due, and how far patience went."""
+
+    def __init__(self, trainer: CaptionTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, saved = self.trainer, state.stateful_callbacks
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and type(callback).__name__ in saved:
+                waited = saved[type(callback).__name__]["attributes"]["early_stopping_patience_counter"]
+                callback.early_stopping_patience_counter = waited
+                control.should_training_stop |= waited >= callback.early_stopping_patience
+        if saved["TrainerControl"]["args"]["should_evaluate"]:
+            try:
+                metrics = trainer._evaluate(None, None)
+            except EvaluationStopped:
+                raise KeyboardInterrupt from None
+            if trainer._determine_best_metric(metrics, None) and state.best_global_step == state.global_step:
+                state.best_model_checkpoint = str(Path(args.output_dir, f"checkpoint-{state.global_step}"))
+
+
 class Progress(ProgressCallback):
     """One progress bar for training, for each evaluation a line of scores and a few captions, all on stderr."""
 
     def __init__(self, trainer: CaptionTrainer):
         super().__init__()
         self.trainer = trainer
+
+    def close(self) -> None:
+        """End the lines of bars that an error has left open."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
 
     def on_prediction_step(self, args, state, control, **kwargs):
         if not args.disable_tqdm:
@@ -468,12 +599,11 @@ class Progress(ProgressCallback):
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
             return
-        for name in ("loss", "eval_loss"):
-            if not math.isfinite(logs.get(name, 0.0)):
-                raise InputError(
-                    f"the loss became {logs[name]} by step {state.global_step}; lower --learning_rate, "
-                    "or train without --fp16"
-                )
+        if not math.isfinite(logs.get("eval_loss", 0.0)):
+            raise InputError(
+                f"the validation loss became {logs['eval_loss']} by step {state.global_step}; lower --learning_rate, "
+                "or train without --fp16"
+            )
         if "loss" in logs and self.training_bar is not None:
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
         if "eval_loss" in logs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,22 @@ def prepared(tmp_path_factory) -> Path:
     done = script("dataloader.py", "--sample", "--encoder=tiny", "--decoder=tiny", f"--save_path={folder}")
     assert done.returncode == 0, done.stderr
     (folder.parent / "stdout.txt").write_text(done.stdout)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def few(prepared, tmp_path_factory) -> Path:
+    """24 training images, 4 for validation and 4 for the test of `prepared`: a training of seconds."""
+    from datasets import load_from_disk
+
+    folder = tmp_path_factory.mktemp("few") / "processed_data"
+    splits = load_from_disk(str(prepared))
+    for split, count in (("train", 24), ("validation", 4), ("test", 4)):
+        splits[split] = splits[split].select(range(count))
+    splits.save_to_disk(str(folder))
+    for file in prepared.iterdir():
+        if file.is_file() and not (folder / file.name).exists():
+            shutil.copy(file, folder)
     return folder
 
 

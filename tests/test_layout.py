@@ -24,10 +24,11 @@ ALLOWED = {
     "model": set(),
     "ptb": set(),
     "report": set(),
+    "resilience": set(),
     "run_folder": {"html_report", "metrics", "report"},
     "sample": set(),
     "serve": {"cli", "explain", "images", "model", "report"},
-    "trainer": {"batch", "cli", "metrics", "model"},
+    "trainer": {"batch", "cli", "metrics", "model", "resilience"},
 }
 WITHOUT_TORCH = (
     "cli",
@@ -39,6 +40,7 @@ WITHOUT_TORCH = (
     "metrics",
     "ptb",
     "report",
+    "resilience",
     "sample",
 )
 

@@ -4,11 +4,8 @@ import json
 import math
 import os
 import re
-import shutil
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -476,29 +473,8 @@ def test_the_best_checkpoint_is_the_one_that_is_kept(prepared, tmp_path):
     assert results["validation"]["loss"] == pytest.approx(losses[6])
 
 
-def test_a_killed_run_resumes_to_the_weights_of_an_undisturbed_one(prepared, tmp_path):
-    common = ("--epochs=3", "--learning_rate=1e-3", "--save_total_limit=10")
-    train.main(arguments(prepared, tmp_path / "undisturbed", *common))
-    command = [sys.executable, str(ROOT / "train.py"), *arguments(prepared, tmp_path / "killed", *common)]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    deadline = time.monotonic() + 200
-    while not (tmp_path / "killed" / "checkpoint-6" / "trainer_state.json").exists():
-        assert time.monotonic() < deadline and process.poll() is None, "no checkpoint was written"
-        time.sleep(0.02)
-    os.kill(process.pid, signal.SIGKILL)
-    process.wait()
-    assert not (tmp_path / "killed" / "results.json").exists()
-    # A later checkpoint that was half written when the kill came: it has weights, and is passed over.
-    half = tmp_path / "killed" / "checkpoint-90"
-    half.mkdir()
-    shutil.copy(tmp_path / "killed" / "checkpoint-6" / "model.safetensors", half)
-    train.main(arguments(prepared, tmp_path / "killed", *common, "--resume_from_checkpoint=auto"))
-    weights = [load_file(tmp_path / name / "checkpoint-18" / "model.safetensors") for name in ("undisturbed", "killed")]
-    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
-
-
 def test_a_loss_that_is_not_a_number_stops_the_run(prepared, tmp_path):
-    with pytest.raises(InputError, match="the loss became nan by step"):
+    with pytest.raises(InputError, match=r"the loss became nan at step \d+, with images \d+, "):
         train.main(
             arguments(
                 prepared,
@@ -648,7 +624,7 @@ def test_mistakes_in_the_arguments_are_named_at_once(prepared, tmp_path, capsys,
         (["5"], "'5' belongs to no flag"),
         (["--remove_unused_columns=True"], "--remove_unused_columns True cannot work here"),
         (["--encoder_lr=-1"], "--encoder_lr -1 is not above 0"),
-        (["--resume_from_checkpoint=nowhere"], "'nowhere' is not a checkpoint folder"),
+        (["--resume_from_checkpoint=nowhere"], "'nowhere' is not a whole checkpoint folder"),
         (["--dataloader_drop_last=True"], "--dataloader_drop_last True cannot work here"),
         (["--metric_for_best_model=bleu4"], "'bleu4' is not a score; choose from"),
         (["--per_device_train_batch_size=0"], "--per_device_train_batch_size 0 is below 1"),
