@@ -401,12 +401,12 @@ def read_predictions(file: Path, references: dict[int, list[str]]) -> dict[int, 
     if len(predictions) != len(content):
         raise InputError(f"--predictions '{file}' captions an image twice; keep one caption per image")
     for ids, problem in (
-        (references.keys() - predictions.keys(), "not captioned"),
-        (predictions.keys() - references.keys(), "captioned, and not in the split"),
+        (references.keys() - predictions.keys(), "of the split have no prediction"),
+        (predictions.keys() - references.keys(), "are captioned and not in the split"),
     ):
         if ids:
             raise InputError(
-                f"--predictions '{file}': {len(ids):,} images are {problem}, such as {min(ids)}; "
+                f"--predictions '{file}': {len(ids):,} images {problem}, such as {min(ids)}; "
                 "it has to caption each image of the --split once"
             )
     return predictions

@@ -608,11 +608,11 @@ class Progress(ProgressCallback):
             self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
         if "eval_loss" in logs:
             scores = "  ".join(f"{name} {logs['eval_' + key]:.3f}" for key, name in SHOWN if "eval_" + key in logs)
-            tqdm.write(f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}", file=sys.stderr)
+            lines = [f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}"]
             said = self.trainer.predictions
             samples = sorted(said)[:: max(1, len(said) // SAMPLES)][:SAMPLES]  # the same ones every time
-            for image_id in samples:
-                tqdm.write(f"    image {image_id}: {printable(said[image_id])}", file=sys.stderr)
+            lines += [f"    image {image_id}: {printable(said[image_id])}" for image_id in samples]
+            tqdm.write("\n".join(lines), file=sys.stderr)  # at once: the bar is drawn again after it
 
 
 SHOWN = (("bleu_1", "BLEU-1"), ("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider_d", "CIDEr-D"))

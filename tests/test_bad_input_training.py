@@ -549,23 +549,23 @@ REFUSED: dict[str, Row] = {
     "an image without a caption": (
         "inference",
         predictions(lambda entries: entries[1:]),
-        "1 images are not captioned, such as 995; it has to caption each image of the --split once",
+        "1 images of the split have no prediction, such as 995; it has to caption each image of the --split once",
     ),
     "ids of another split": (
         "inference",
         predictions(lambda entries: [{**entry, "image_id": entry["image_id"] + 10**6} for entry in entries]),
-        r"4 images are not captioned, such as \d+; it has to caption each",
+        r"4 images of the split have no prediction, such as \d+; it has to caption each",
     ),
     "ids in words": (
         "inference",
         predictions(lambda entries: [{**entry, "image_id": str(entry["image_id"])} for entry in entries]),
         f"{FORMAT}.*image_id '",
     ),
-    "no predictions": ("inference", predictions(lambda entries: []), "4 images are not captioned"),
+    "no predictions": ("inference", predictions(lambda entries: []), "4 images of the split have no prediction"),
     "predictions of more than the split": (
         "inference",
         predictions(lambda entries: [*entries, {"image_id": 10**9, "caption": "a dog"}]),
-        "1 images are captioned, and not in the split, such as 1000000000",
+        "1 images are captioned and not in the split, such as 1000000000",
     ),
     "data without its description": (
         "inference",

@@ -315,7 +315,7 @@ def test_anybodys_captions_are_scored(prepared, tmp_path, capsys):
         ('{"1": "a"}', "not in COCO's results format"),
         ('[{"image_id": 1}]', "not in COCO's results format"),
         ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', "captions an image twice"),
-        ('[{"image_id": -5, "caption": "a"}]', "120 images are not captioned"),
+        ('[{"image_id": -5, "caption": "a"}]', "have no prediction"),
     ],
 )
 def test_results_files_that_cannot_be_scored(prepared, tmp_path, content, message):
