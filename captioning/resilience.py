@@ -20,8 +20,6 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from safetensors import SafetensorError
-
 from captioning import InputError
 from captioning.files import is_whole_safetensors, read_json
 
@@ -191,7 +189,7 @@ def explained(training, evaluating: bool = False) -> Iterator[None]:
         if "\n" not in str(error).strip():
             raise
         raise InputError(str(error).strip().splitlines()[-1].split("InputError: ")[-1]) from error
-    except (RuntimeError, MemoryError, OSError, SafetensorError) as error:
+    except Exception as error:  # the tokenizers' library raises that and nothing narrower for a full disk
         sentence = (
             _lost_process(error, training)
             or _full_disk(error, Path(training.output_dir))
@@ -229,7 +227,7 @@ def _no_memory(error: Exception, training, evaluating: bool) -> str | None:
 def _full_disk(error: Exception, folder: Path) -> str | None:
     full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
     text = str(error)
-    of_rust = re.search(r"os error (\d+)", text) if isinstance(error, SafetensorError) else None
+    of_rust = re.search(r"\(os error (\d+)\)", text)  # safetensors and tokenizers
     number = int(of_rust[1]) if of_rust else getattr(error, "errno", None)
     by_torch = isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container", text)
     if number not in full and not by_torch:
@@ -237,8 +235,7 @@ def _full_disk(error: Exception, folder: Path) -> str | None:
     reason = os.strerror(number) if number in full else "the last write failed"
     checkpoint = newest_checkpoint(folder)
     then = f"go on from {checkpoint.name} with {GO_ON}" if checkpoint else "start again"
-    free = shutil.disk_usage(folder if folder.is_dir() else Path()).free
-    return f"'{folder}' could not be written ({reason}; {free / 1e9:.1f} GB are free); make room and {then}"
+    return f"'{folder}' could not be written ({reason}); make room and {then}"
 
 
 def _lost_process(error: Exception, training) -> str | None:

@@ -17,6 +17,7 @@ import pytest
 import torch
 from conftest import ROOT
 from forked import FORKS, Training, several
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from test_training import Rows, make_trainer, tokenizer  # noqa: F401 (a fixture)
 
@@ -162,7 +163,7 @@ def slow_disk():
 @pytest.mark.slow
 def test_ten_kills_at_random_moments_change_nothing(few, tmp_path):
     often = ["--save_strategy=steps", "--save_steps=1", "--eval_strategy=no", "--load_best_model_at_end=False"]
-    often += ["--epochs=8", "--save_total_limit=2"]
+    often += ["--epochs=20", "--save_total_limit=2"]
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
     run = Training(arguments(few, undisturbed, *often), tmp_path / "log")
     assert run.wait() == 0, run.said()
@@ -506,6 +507,18 @@ def test_a_real_lack_of_memory_is_explained(few, tmp_path):
     assert run.wait() == 2, run.said()
     assert run.said().rstrip().splitlines()[-1].startswith("train.py: error: out of memory in training; lower")
     assert "Traceback" not in run.said()
+
+
+def test_a_full_disk_is_known_by_each_librarys_words_for_it(tokenizer, tmp_path):  # noqa: F811
+    training = make_trainer(tokenizer, Rows(tokenizer, 2), tmp_path).args
+    for error in (
+        OSError(28, "No space left on device"),
+        Exception("No space left on device (os error 28)"),  # tokenizers
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+        RuntimeError("[enforce fail at inline_container.cc:858] . PytorchStreamWriter failed writing file data/0"),
+    ):
+        with pytest.raises(InputError, match=r"could not be written \(.*\); make room"), resilience.explained(training):
+            raise error
 
 
 def test_errors_of_another_kind_pass(tokenizer, tmp_path):  # noqa: F811
