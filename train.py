@@ -482,6 +482,8 @@ def train(args: argparse.Namespace, training) -> int:
 
     # Training
     if args.packing and not can_pack(net):
+        if args.self_critical_epochs:
+            raise InputError(f"--self_critical_epochs needs packing, which --decoder '{args.decoder}' cannot do")
         args.packing = False
         say(f"packing: off, because the decoder '{args.decoder}' does not keep packed captions apart")
     precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"

@@ -219,7 +219,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.pixels = Pixels(bundle.image_processor)
         self.projection = LabelledProjection(bundle.model.get_output_embeddings())
         self.predictions: dict[int, str] = {}  # of the last evaluation
-        self.rewards: list[float] = []  # of each self-critical update's samples, since the last log
+        self.rewards: list[float] = []  # mean over the samples of each self-critical batch
         # What training did so far: in this process, since it was started
         self.images = self.captions = 0
         self.waited = self.evaluated = 0.0  # seconds spent waiting for data, and on evaluations
