@@ -91,6 +91,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     form.add_argument("--max_length", type=int, default=64, metavar="TOKENS", help="longest caption, its end included")
     form.add_argument(
+        "--center_crop",
+        action="store_true",
+        help="crop images as the encoder's own preprocessing does (default: where it crops, squeeze them, so that "
+        "the model sees all of what people described)",
+    )
+    form.add_argument(
         "--preview", type=Path, metavar="PNG", help="also draw images that were kept, and dropped ones with the reason"
     )
     form.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes that prepare images")
@@ -522,6 +528,7 @@ def describe(splits, chosen: Chosen, truncated: int, args: argparse.Namespace, s
         "seed": args.seed,
         "encoder": args.encoder,
         "decoder": args.decoder,
+        "center_crop": args.center_crop,
         "max_length": args.max_length,
         "captions_truncated": truncated,
         "dropped": dict(sorted(chosen.dropped.items())),
@@ -666,7 +673,7 @@ def prepare_folder(work: Path, args: argparse.Namespace) -> str:
 
     disable_progress_bar()
     model.quiet_transformers()
-    image_processor = model.load_image_processor(args.encoder)
+    image_processor = model.load_image_processor(args.encoder, whole=not args.center_crop)
     tokenizer = None if args.decoder in model.DECODER_PRESETS else model.load_tokenizer(args.decoder)
     # Room for a random crop: 256 pixels for a model that sees 224.
     short_side = max(model.resized_side(image_processor), round(model.input_side(image_processor) * 8 / 7))

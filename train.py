@@ -36,6 +36,7 @@ DEFAULTS: dict[str, Any] = {
     "warmup_steps": 0.05,
     "weight_decay": 0.01,
     "adam_beta2": 0.98,
+    "label_smoothing_factor": 0.1,
     "logging_steps": 0.01,
     "eval_strategy": "epoch",
     "save_strategy": "epoch",
@@ -325,9 +326,11 @@ def device_defaults() -> dict[str, Any]:
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = max(1, min(8, (os.cpu_count() or 1) // (2 * processes)))
     on_cuda = torch.cuda.is_available() and not forced_to_cpu
+    on_cpu = forced_to_cpu or not torch.accelerator.is_available()
     return {
-        "use_cpu": forced_to_cpu,
-        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else half_on_cpu,
+        # Said aloud, because the Trainer takes bfloat16 for a GPU's otherwise.
+        "use_cpu": on_cpu,
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else on_cpu and half_on_cpu,
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": True,
         "dataloader_pin_memory": on_cuda,
@@ -398,6 +401,7 @@ def only_run_in(folder: Path, training) -> Iterator[None]:
 
 def train(args: argparse.Namespace, training) -> int:
     """Everything between the arguments and the run folder."""
+    import torch
     from datasets.utils.logging import disable_progress_bar
     from transformers import EarlyStoppingCallback, set_seed
 
@@ -415,7 +419,10 @@ def train(args: argparse.Namespace, training) -> int:
     args.encoder = args.encoder or description["encoder"]
     args.decoder = args.decoder or description["decoder"]
     same_encoder = args.encoder == description["encoder"]
-    image_processor = model.load_image_processor(args.data_path if same_encoder else args.encoder)
+    if same_encoder:
+        image_processor = model.load_image_processor(args.data_path, "--data_path")
+    else:
+        image_processor = model.load_image_processor(args.encoder, whole=not description.get("center_crop"))
     check_tokenizer(args, tokenizer, description)
     pixels = batch.Pixels(image_processor)
     datasets = {
@@ -470,13 +477,20 @@ def train(args: argparse.Namespace, training) -> int:
     used = {part: rate for part, rate in rates.items() if not (part == "encoder" and frozen)}
     say("learning rates: " + ", ".join(f"{part} {rate:g}" for part, rate in used.items()))
 
+    precision = torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    if training.device.type == "cpu" and training.bf16:
+        # There torch's fused attention is two to five times slower than plain matrix products.
+        net.set_attn_implementation("eager")
+
     if args.cache_features:
         net.to(training.device)
         for split, dataset in datasets.items():
             folder, variants = args.data_path / ".features", range(args.augment if dataset.augment else 1)
             with training.main_process_first(desc="features"):
                 dataset.features = [
-                    cached_features(bundle, dataset, folder, split, training.per_device_eval_batch_size, say, variant)
+                    cached_features(
+                        bundle, dataset, folder, split, training.per_device_eval_batch_size, say, variant, precision
+                    )
                     for variant in variants
                 ]
 
@@ -486,10 +500,9 @@ def train(args: argparse.Namespace, training) -> int:
             raise InputError(f"--self_critical_epochs needs packing, which --decoder '{args.decoder}' cannot do")
         args.packing = False
         say(f"packing: off, because the decoder '{args.decoder}' does not keep packed captions apart")
-    precision = "bfloat16" if training.bf16 else "float16" if training.fp16 else "float32"
     images = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     say(
-        f"device: {training.device}, {training.world_size} process(es), {precision}; "
+        f"device: {training.device}, {training.world_size} process(es), {str(precision).removeprefix('torch.')}; "
         f"{images} images per update, {training.dataloader_num_workers} data worker(s) each; "
         f"captions {'packed per image' if args.packing else 'one per row'}"
     )

@@ -27,9 +27,13 @@ from captioning.model import Bundle
 SAVE_EVERY = 16  # batches; what an interruption loses at most
 
 
-def fingerprint(bundle: Bundle, dataset: CaptionDataset, variant: int = 0) -> str:
+def fingerprint(
+    bundle: Bundle, dataset: CaptionDataset, variant: int = 0, precision: torch.dtype = torch.float32
+) -> str:
     """Twenty hexadecimal digits that change whenever the features would."""
     digest = hashlib.sha256()
+    if precision != torch.float32:
+        digest.update(str(precision).encode())
     if variant:
         digest.update(inspect.getsource(augmented).encode())
         digest.update(json.dumps([variant, dataset.seed, list(dataset.rows["captions"])]).encode())
@@ -52,16 +56,18 @@ def cached_features(
     batch_size: int,
     say: Callable[[str], None],
     variant: int = 0,
+    precision: torch.dtype = torch.float32,
 ) -> np.ndarray:
     """The features of every image of `dataset`, in its order, from the cache or computed now.
 
     Args:
-        bundle: its encoder is used on the device where it is, in evaluation mode, in float32.
+        bundle: its encoder is used on the device where it is, in evaluation mode.
         folder: where the cache lies; created.
         split: part of the file's name.
         batch_size: images at a time.
         say: told in one line what is about to be written, or reused.
         variant: which augmentation of the images; 0: as they are.
+        precision: of the encoder's matrix products (autocast), as training itself would run it.
 
     Returns:
         float16 (images, tokens, hidden size), memory-mapped.
@@ -69,14 +75,14 @@ def cached_features(
     Raises:
         InputError: the disk has no room for it.
     """
-    path = folder / f"{split}-{fingerprint(bundle, dataset, variant)}.npy"
+    path = folder / f"{split}-{fingerprint(bundle, dataset, variant, precision)}.npy"
     if path.is_file():
         say(f"features: {split} from {path}")
         return np.load(path, mmap_mode="r")
     folder.mkdir(parents=True, exist_ok=True)
     with _only_one(path.with_suffix(".lock")):
         if not path.is_file():  # another run may have finished it while this one waited
-            _compute(bundle, dataset, path, split, batch_size, say, variant)
+            _compute(bundle, dataset, path, split, batch_size, say, variant, precision)
     return np.load(path, mmap_mode="r")
 
 
@@ -101,6 +107,7 @@ def _compute(
     batch_size: int,
     say: Callable[[str], None],
     variant: int,
+    precision: torch.dtype,
 ) -> None:
     """Write the features of `dataset` to `path`, going on where an earlier call was interrupted."""
     folder = path.parent
@@ -109,7 +116,9 @@ def _compute(
 
     def encode(images: list[np.ndarray]) -> np.ndarray:
         normalised = pixels.normalise(torch.from_numpy(np.stack(images)).to(device))
-        return encoder(pixel_values=normalised).last_hidden_state.to(torch.float16).cpu().numpy()
+        with torch.autocast(device.type, precision, enabled=precision != torch.float32):
+            states = encoder(pixel_values=normalised).last_hidden_state
+        return states.to(torch.float16).cpu().numpy()
 
     shape = (len(dataset), *encode([dataset.image(0, variant)]).shape[1:])
     size = 2 * int(np.prod(shape, dtype=np.int64))

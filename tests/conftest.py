@@ -73,6 +73,7 @@ def trained(prepared, tmp_path_factory) -> Path:
         "--epochs=2",
         "--learning_rate=1e-3",
         "--per_device_train_batch_size=64",
+        "--bf16=False",  # what inference.py computes in
     )
     assert done.returncode == 0, done.stderr
     (folder.parent / "stdout.txt").write_text(done.stdout)

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from PIL import Image
 from transformers import (
     BeitConfig,
     BeitModel,
@@ -23,6 +24,7 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from captioning import InputError, batch, model
@@ -100,6 +102,34 @@ def test_every_kind_of_encoder_trains_saves_and_loads(kind, tokenizer, tmp_path)
         )
     captions = model.generate(loaded, x, max_new_tokens=5)
     assert len(captions) == 2
+
+
+def test_clip_is_read_before_its_last_layer(tmp_path):
+    """Which is trained for the class token alone: its patches would mislead."""
+    torch.manual_seed(0)
+    clip = ENCODERS["clip vision"]().eval()
+    clip.save_pretrained(tmp_path)
+    x = torch.randn(2, 3, SIDE, SIDE)
+    states = model.build_encoder(str(tmp_path)).eval()(x).last_hidden_state
+    torch.testing.assert_close(states, clip(x, output_hidden_states=True).hidden_states[-2])
+
+
+def test_the_whole_picture_reaches_an_encoder_that_would_crop_it(tmp_path):
+    CLIPImageProcessorPil(size={"shortest_edge": SIDE}, crop_size={"height": SIDE, "width": SIDE}).save_pretrained(
+        tmp_path
+    )
+    white = Image.new("RGB", (4 * SIDE, SIDE), "white")
+    white.paste("black", (0, 0, SIDE // 2, SIDE))  # an eighth, on the left
+    seen = {}
+    for whole in (False, True):
+        processor = model.load_image_processor(tmp_path, whole=whole)
+        processor.save_pretrained(tmp_path / str(whole))
+        processor = model.load_image_processor(tmp_path / str(whole))  # as train.py and inference.py read it
+        seen[whole] = processor(white, do_normalize=False, return_tensors="np").pixel_values[0]
+        assert seen[whole].shape == (3, SIDE, SIDE)
+        assert model.resized_side(processor) == model.input_side(processor) == SIDE
+    assert seen[False].min() == 1, "the crop leaves the black part out"
+    assert (seen[True] < 0.5).mean() == pytest.approx(1 / 8, abs=0.02)
 
 
 def test_loss_of_the_stock_model_equals_ours(tokenizer):

@@ -60,9 +60,20 @@ def tokenizer():
     return model.train_tokenizer([" ".join(WORDS)] * 3, 400)
 
 
-def make_trainer(tokenizer, rows, folder, packed=True, dropout=0.0, waiting=None, self_critical=None, **settings):
+def make_trainer(
+    tokenizer,
+    rows,
+    folder,
+    packed=True,
+    dropout=0.0,
+    waiting=None,
+    self_critical=None,
+    attention="sdpa",
+    **settings,
+):
     set_seed(0)
     net = model.build("tiny", "tiny", tokenizer)
+    net.set_attn_implementation(attention)
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):
             module.p = dropout
@@ -156,6 +167,7 @@ def test_projecting_the_labelled_positions_alone_changes_nothing(tokenizer, tmp_
     "settings",
     [
         {"bf16": True},
+        {"bf16": True, "attention": "eager"},
         {"activation_checkpointing": True},
         {"torch_compile": True, "torch_compile_backend": "aot_eager"},
         {
@@ -656,6 +668,15 @@ def test_an_earlier_run_is_not_written_over(trained, prepared, capsys):
         train.parse_arguments([f"--data_path={prepared}", f"--output_dir={trained}"])
     assert stopped.value.code == 2
     assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("capable", [True, False])
+def test_bfloat16_is_used_on_a_cpu_that_multiplies_in_it(prepared, tmp_path, monkeypatch, capable):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    _, training = train.parse_arguments([f"--data_path={prepared}", f"--output_dir={tmp_path / 'run'}"])
+    assert (training.bf16, training.use_cpu, training.device.type) == (capable, True, "cpu")
 
 
 def test_help_is_one_screen_and_help_all_has_every_flag():
