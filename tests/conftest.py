@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import shutil
 import subprocess
@@ -20,6 +21,22 @@ def script(name: str, *arguments, timeout: float = 240) -> subprocess.CompletedP
     """Run a script of the top level as a user does, in a process of its own."""
     command = [sys.executable, str(ROOT / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)
+
+
+def run(name: str, arguments: list, monkeypatch) -> int:
+    """Run a script in this process, as its last line does; returns the exit code."""
+    from captioning import cli
+
+    main = importlib.import_module(name).main
+    monkeypatch.setattr(sys, "argv", [f"{name}.py", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        cli.run(lambda: main(list(map(str, arguments))))
+    return stopped.value.code or 0
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file below a folder."""
+    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 def shared_folder() -> Path | None:

@@ -9,12 +9,11 @@ import json
 import os
 import random
 import re
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, contents, run
 from datasets import load_from_disk
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -24,7 +23,6 @@ import dataloader
 from captioning import InputError, cli, coco, sample
 from captioning.model import load_tokenizer, train_tokenizer
 
-SCRIPTS = {"dataloader": dataloader.main}
 Make = Callable[[Path], list]
 Row = tuple[str, Make, str]
 PRESETS = ["--encoder=tiny", "--decoder=tiny", "--num_proc=1"]
@@ -381,18 +379,6 @@ REFUSED: dict[str, Row] = {
         "no usable image for validation",
     ),
 }
-
-
-def run(script: str, arguments: list, monkeypatch) -> int:
-    """Run a script as its last line does; returns the exit code."""
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: SCRIPTS[script](list(map(str, arguments))))
-    return stopped.value.code or 0
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -7,19 +7,15 @@ the command line, and `message` is a regular expression for the sentence.
 import json
 import re
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, contents, run
 from PIL import Image
 
-import inference
-import train
-from captioning import cli, model
+from captioning import model
 
-SCRIPTS = {"train": train.main, "inference": inference.main}
 Make = Callable[[Path], list]
 Row = tuple[str, Make, str]
 # Set by a fixture: the data of `few`, and the run folder of `trained`.
@@ -578,18 +574,6 @@ REFUSED: dict[str, Row] = {
 @pytest.fixture(scope="module", autouse=True)
 def here(few, trained):
     HERE.update(few=few, trained=trained)
-
-
-def run(script: str, arguments: list, monkeypatch) -> int:
-    """Run a script as its last line does; returns the exit code."""
-    monkeypatch.setattr(sys, "argv", [f"{script}.py", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        cli.run(lambda: SCRIPTS[script](list(map(str, arguments))))
-    return stopped.value.code or 0
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
 
 
 @pytest.mark.parametrize("kind", REFUSED)

@@ -3,11 +3,13 @@
     python tests/benchmarks/ablate.py mistakes --data_path karpathy -- --epochs 10
     python tests/benchmarks/ablate.py ingredients --data_path flickr-2000 --seeds 0 1 -- --epochs 12
     python tests/benchmarks/ablate.py ingredients --only "default" "batches of 64 images" --data_path flickr-2000
+    python tests/benchmarks/ablate.py decoding --data_path flickr --model_path run-flickr
 
-Every row is a training by train.py with a frozen encoder and cached features; what follows `--` goes to all of them.
-Mistakes are made on the training captions alone: losses and scores are measured in the same way for every row. A row
-whose results lie in --output_dir already is not trained again. Prints a Markdown table, of what is there so far with
---table. Checkpoints are chosen on validation; the test split is scored once per training.
+Every row of `mistakes` and `ingredients` is a training by train.py with a frozen encoder and cached features; what
+follows `--` goes to all of them. Mistakes are made on the training captions alone: losses and scores are measured in
+the same way for every row. A row whose results lie in --output_dir already is not trained again. Prints a Markdown
+table, of what is there so far with --table. Checkpoints are chosen on validation; the test split is scored once per
+training. `decoding` captions the validation split of a trained captioner in several ways.
 """
 
 from __future__ import annotations
@@ -225,6 +227,47 @@ INGREDIENTS = {
 GROUPS = {"mistakes": MISTAKES, "ingredients": INGREDIENTS}
 
 
+# ---- decoding
+
+DECODINGS = (
+    *({"num_beams": beams} for beams in (1, 2, 3, 4, 5, 8)),
+    *({"num_beams": 3, "length_penalty": penalty} for penalty in (0.0, 0.5, 1.5, 2.0)),
+    {"num_beams": 3, "no_repeat_ngram_size": 2},
+    {"num_beams": 3, "no_repeat_ngram_size": 3},
+    {"num_beams": 3, "repetition_penalty": 1.2},
+)
+
+
+def compare_decodings(args: argparse.Namespace) -> None:
+    """Print the validation scores of one captioner under each of DECODINGS."""
+    import torch
+    from tqdm import tqdm
+
+    from captioning import batch, metrics, model
+
+    model.quiet_transformers()
+    bundle = model.load(args.model_path)
+    rows = batch.load_prepared(args.data_path)[0]["validation"]
+    references = dict(zip(rows["image_id"], rows["captions"], strict=True))
+    pixels = batch.Pixels(bundle.image_processor)
+    dataset = batch.CaptionDataset(rows, pixels)
+    states = []
+    with torch.inference_mode():
+        for start in tqdm(range(0, len(rows), 32), desc="encoder"):
+            pictures = [torch.from_numpy(dataset.image(i)) for i in range(start, min(start + 32, len(rows)))]
+            states.append(bundle.model.encoder(pixels.normalise(torch.stack(pictures))).last_hidden_state)
+        print("| decoding | words | BLEU-4 | ROUGE-L | CIDEr-D |\n|---|---:|---:|---:|---:|")
+        for settings in DECODINGS:
+            captions = []
+            for part in states:
+                captions += model.decode(bundle.tokenizer, model.generate_tokens(bundle.model, part, **settings))
+            scores = metrics.coco_scores(dict(zip(rows["image_id"], captions, strict=True)), references, rouge=False)
+            words = statistics.mean(len(caption.split()) for caption in captions)
+            name = ", ".join(f"{key} {value}" for key, value in settings.items())
+            cells = " | ".join(f"{scores[key]:.3f}" for key in ("bleu_4", "rouge_l", "cider_d"))
+            print(f"| {name} | {words:.1f} | {cells} |", flush=True)
+
+
 # ---- running and tabulating
 
 
@@ -232,14 +275,18 @@ def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     own, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument("group", choices=GROUPS)
+    parser.add_argument("group", choices=(*GROUPS, "decoding"))
     parser.add_argument("--data_path", type=Path, required=True, help="what dataloader.py wrote")
     parser.add_argument("--output_dir", type=Path, default=Path("ablations"), help="a folder for each training")
+    parser.add_argument("--model_path", type=Path, default=Path("vit-gpt2-coco"), help="a run folder, for decoding")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows (default: all)")
     parser.add_argument("--table", action="store_true", help="train nothing; tabulate what is there")
     parser.add_argument("--one", metavar="ROW", help=argparse.SUPPRESS)
     args = parser.parse_args(own)
+    if args.group == "decoding":
+        compare_decodings(args)
+        return
     rows = GROUPS[args.group]
     if args.one:
         train_one(rows[args.one], args, rest)
