@@ -123,6 +123,12 @@ def build_parser() -> argparse.ArgumentParser:
         help="a random crop, colours and mirroring of each image anew in every epoch; with --cache_features, so many "
         "variants in turn, the image as it is included (default: off; 2 where no number follows)",
     )
+    parts.add_argument(
+        "--dropout",
+        type=float,
+        metavar="RATE",
+        help="of the decoder's layers and embeddings (default: as the decoder says, 0.1 for GPT-2)",
+    )
     rates = parser.add_argument_group("learning rates (--learning_rate is for parts that start from random weights)")
     for part, default in (("encoder", "2e-5"), ("decoder", "1e-4"), ("cross_attention", "1e-4")):
         help_text = f"of the {part.replace('_', '-')} when it is pretrained (default: {default})"
@@ -224,6 +230,8 @@ def parse_arguments(argv: list[str] | None):
                 parser.error(f"--{flag} {getattr(args, flag):g} is below 0")
         if args.self_critical_epochs and not args.packing:
             parser.error("--self_critical_epochs needs packing: leave --no-packing out")
+        if args.dropout is not None and not 0 <= args.dropout < 1:
+            parser.error(f"--dropout {args.dropout:g} is not between 0 and 1")
         given = {word.split("=")[0] for word in rest}
         if args.epochs is not None and given & {"--num_train_epochs", "--max_steps"}:
             parser.error("--epochs and --num_train_epochs or --max_steps say two things; give one of them")
@@ -447,6 +455,8 @@ def train(args: argparse.Namespace, training) -> int:
     else:
         net = model.build(args.encoder, args.decoder, tokenizer)
         new = model.new_parameters(net, args.encoder, args.decoder)
+    if args.dropout is not None:
+        model.set_dropout(net, args.dropout)
     frozen = args.freeze_encoder >= training.num_train_epochs
     if frozen:
         net.encoder.requires_grad_(False)

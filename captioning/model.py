@@ -377,6 +377,14 @@ def _freeze_unreachable(model: VisionEncoderDecoderModel) -> None:
         parameter.requires_grad_(id(parameter) in reached)
 
 
+def set_dropout(model: VisionEncoderDecoderModel, rate: float) -> None:
+    """Let the decoder's layers and embeddings drop `rate` of their outputs in training; its attention weights none."""
+    model.decoder.config.resid_pdrop = model.decoder.config.embd_pdrop = rate
+    for name, module in model.decoder.named_modules():
+        if isinstance(module, torch.nn.Dropout) and not name.endswith("attn_dropout"):
+            module.p = rate
+
+
 def new_parameters(model: VisionEncoderDecoderModel, encoder: str, decoder: str) -> set[str]:
     """Names of the parameters that start from random weights."""
     names = {name for name, _ in model.named_parameters() if name.startswith("enc_to_dec_proj.")}

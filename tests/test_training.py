@@ -679,6 +679,24 @@ def test_bfloat16_is_used_on_a_cpu_that_multiplies_in_it(prepared, tmp_path, mon
     assert (training.bf16, training.use_cpu, training.device.type) == (capable, True, "cpu")
 
 
+def test_self_critical_training_is_refused_where_captions_cannot_be_packed(few, tmp_path, monkeypatch):
+    monkeypatch.setattr(trainer_module, "can_pack", lambda net: False)
+    with pytest.raises(InputError, match="--self_critical_epochs needs packing, which --decoder 'tiny' cannot do"):
+        train.main(arguments(few, tmp_path / "run", "--self_critical_epochs=1"))
+
+
+def test_dropout_is_the_decoders_and_is_saved_with_it(tokenizer, tmp_path):
+    net = model.build("tiny", "tiny", tokenizer)
+    model.set_dropout(net, 0.3)
+    net.save_pretrained(tmp_path)
+    for captioner in (net, type(net).from_pretrained(tmp_path)):
+        rates = {n: m.p for n, m in captioner.named_modules() if isinstance(m, torch.nn.Dropout)}
+        decoders = {n for n in rates if n.startswith("decoder.") and not n.endswith("attn_dropout")}
+        assert len(decoders) == 1 + 2 * 3
+        assert {n for n, rate in rates.items() if rate == 0.3} == decoders
+        assert {rates[n] for n in rates.keys() - decoders} == {0.0}
+
+
 def test_help_is_one_screen_and_help_all_has_every_flag():
     short = script("train.py", "--help")
     assert short.returncode == 0

@@ -195,11 +195,6 @@ def preset(**settings) -> Callable[[], None]:
     return patch
 
 
-def dropout(rate: float) -> Callable[[], None]:
-    """What the decoder's layers and embeddings drop; 0.1 by default."""
-    return preset(resid_pdrop=rate, embd_pdrop=rate)
-
-
 INGREDIENTS = {
     "default": Row(),
     "no label smoothing": Row(("--label_smoothing_factor", "0")),
@@ -212,9 +207,9 @@ INGREDIENTS = {
     "batches in random order": Row(("--train_sampling_strategy", "random")),
     "AdamW betas 0.9, 0.999": Row(("--adam_beta2", "0.999")),
     "weight decay 0.1": Row(("--weight_decay", "0.1")),
-    "no dropout": Row(patches=(dropout(0.0),)),
-    "dropout 0.2": Row(patches=(dropout(0.2),)),
-    "dropout 0.3": Row(patches=(dropout(0.3),)),
+    "no dropout": Row(("--dropout", "0")),
+    "dropout 0.2": Row(("--dropout", "0.2")),
+    "dropout 0.3": Row(("--dropout", "0.3")),
     "decoder of width 384": Row(patches=(preset(n_embd=384, n_head=6),)),
     "decoder of width 512": Row(patches=(preset(n_embd=512, n_head=8),)),
     "decoder of 6 layers": Row(patches=(preset(n_layer=6),)),
