@@ -238,6 +238,7 @@ def compare_decodings(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
+    import train
     from captioning import batch, metrics, model
 
     model.quiet_transformers()
@@ -247,7 +248,10 @@ def compare_decodings(args: argparse.Namespace) -> None:
     pixels = batch.Pixels(bundle.image_processor)
     dataset = batch.CaptionDataset(rows, pixels)
     states = []
-    with torch.inference_mode():
+    half = train.device_defaults()["bf16"]  # as evaluations during training
+    if half:
+        bundle.model.set_attn_implementation("eager")
+    with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
         for start in tqdm(range(0, len(rows), 32), desc="encoder"):
             pictures = [torch.from_numpy(dataset.image(i)) for i in range(start, min(start + 32, len(rows)))]
             states.append(bundle.model.encoder(pixels.normalise(torch.stack(pictures))).last_hidden_state)
