@@ -141,6 +141,13 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="N",
         help="the last N epochs maximise CIDEr-D on sampled captions (self-critical sequence training; default: 0)",
     )
+    rates.add_argument(
+        "--self_critical_lr",
+        type=float,
+        default=1e-4,
+        metavar="RATE",
+        help="of every part in those epochs, at most (default: 1e-4)",
+    )
     rest.add_argument(
         "--packing",
         action=argparse.BooleanOptionalAction,
@@ -230,6 +237,8 @@ def parse_arguments(argv: list[str] | None):
                 parser.error(f"--{flag} {getattr(args, flag):g} is below 0")
         if args.self_critical_epochs and not args.packing:
             parser.error("--self_critical_epochs needs packing: leave --no-packing out")
+        if not 0 < args.self_critical_lr < math.inf:
+            parser.error(f"--self_critical_lr {args.self_critical_lr:g} is not above 0 and finite")
         if args.dropout is not None and not 0 <= args.dropout < 1:
             parser.error(f"--dropout {args.dropout:g} is not between 0 and 1")
         given = {word.split("=")[0] for word in rest}
@@ -523,7 +532,7 @@ def train(args: argparse.Namespace, training) -> int:
     if args.self_critical_epochs:
         train_rows = splits["train"]
         captions = dict(zip(train_rows["image_id"], train_rows["captions"], strict=True))
-        self_critical = SelfCritical(args.self_critical_epochs, CiderReward(captions))
+        self_critical = SelfCritical(args.self_critical_epochs, CiderReward(captions), args.self_critical_lr)
     start = net.config.decoder_start_token_id
     trainer = CaptionTrainer(
         bundle,

@@ -23,6 +23,7 @@ from transformers import (
     Seq2SeqTrainer,
     TrainerCallback,
     VisionEncoderDecoderModel,
+    get_scheduler,
 )
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -114,6 +115,7 @@ class SelfCritical:
 
     epochs: float  # at the end of training
     reward: CiderReward
+    learning_rate: float = 1e-4  # at most, of each part; it has a warm-up and a cosine of its own
     samples: int = 5  # captions per image
     max_new_tokens: int = 30
 
@@ -286,9 +288,10 @@ class CaptionTrainer(Seq2SeqTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _is_self_critical(self) -> bool:
-        if self.self_critical is None:
-            return False
-        return self.state.global_step >= self.state.max_steps - self.self_critical.epochs * self._updates_per_epoch()
+        return self.state.global_step >= self.state.max_steps - self._self_critical_updates()
+
+    def _self_critical_updates(self) -> int:
+        return round(self.self_critical.epochs * self._updates_per_epoch()) if self.self_critical else 0
 
     def _updates_per_epoch(self) -> int:
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
@@ -365,14 +368,45 @@ class CaptionTrainer(Seq2SeqTrainer):
         """The Trainer's schedule; a part that waits has a rate of 0 until its time has come.
 
         The rate, and not `requires_grad`: processes that train together must agree on the gradients to be exchanged.
+        Self-critical epochs have the same schedule once more, to themselves, from their own rate.
+
+        Raises:
+            InputError: a part waits or captions are sampled, and the schedule is not one of steps.
         """
-        scheduler = super().create_scheduler(num_training_steps, optimizer)
+        critical = min(self._self_critical_updates(), num_training_steps)
+        likelihood = num_training_steps - critical
+        scheduler = super().create_scheduler(max(1, likelihood), optimizer)
+        begins = {part: epochs * self._updates_per_epoch() for part, epochs in self.waiting.items()}
+        begins = {part: begin for part, begin in begins.items() if 0 < begin < num_training_steps}
+        if not critical and not begins:
+            return scheduler
+        kind = self.args.lr_scheduler_type
+        if not isinstance(scheduler, torch.optim.lr_scheduler.LambdaLR):
+            raise InputError(
+                f"--lr_scheduler_type {kind.value} follows the scores; parts of a training need one of steps"
+            )
+        if critical:
+            again = get_scheduler(
+                kind,
+                torch.optim.SGD([torch.zeros(1)]),
+                self.args.get_warmup_steps(critical),
+                critical,
+                self.args.lr_scheduler_kwargs,
+            ).lr_lambdas[0]
         for index, group in enumerate(scheduler.optimizer.param_groups):
-            begin = self.waiting.get(group["part"], 0) * self._updates_per_epoch()
-            if 0 < begin < num_training_steps:
-                follow = scheduler.lr_lambdas[index]
-                scheduler.lr_lambdas[index] = lambda step, begin=begin, follow=follow: follow(step) * (step >= begin)
-                group["lr"] = 0.0
+            follow = scheduler.lr_lambdas[index]
+            begin = begins.get(group["part"], 0)
+            most = min(1.0, self.self_critical.learning_rate / group["initial_lr"]) if critical else 0.0
+
+            def factor(step, follow=follow, begin=begin, most=most):
+                if step < begin:
+                    return 0.0
+                if critical and step >= likelihood:
+                    return most * again(step - likelihood)
+                return follow(step)
+
+            scheduler.lr_lambdas[index] = factor
+            group["lr"] = group["initial_lr"] * factor(0)
         return scheduler
 
     # ---- stopping and going on

@@ -382,7 +382,7 @@ def test_self_critical_training_raises_the_reward(tokenizer, tmp_path):
         tokenizer,
         rows,
         tmp_path,
-        self_critical=SelfCritical(30, wanted),
+        self_critical=SelfCritical(30, wanted, learning_rate=5e-4),
         num_train_epochs=60,
         per_device_train_batch_size=16,
         learning_rate=1e-3,
@@ -414,6 +414,39 @@ def test_each_part_has_its_learning_rate_and_keeps_it_along_the_schedule(tokeniz
         trainer.lr_scheduler.step()
     rates = {group["lr"] for group in trainer.optimizer.param_groups}
     assert sorted(rates) == pytest.approx([rate / 2 for rate in (1e-5, 1e-4, 1e-3)])
+
+
+def test_self_critical_epochs_have_a_schedule_of_their_own(tokenizer, tmp_path):
+    rows = Rows(tokenizer, 8)
+    settings = {
+        "per_device_train_batch_size": 4,  # 2 updates an epoch
+        "num_train_epochs": 20,
+        "lr_scheduler_type": "cosine",
+        "warmup_steps": 0.1,
+    }
+    critical = SelfCritical(10, CiderReward(rows.captions), learning_rate=1e-4)
+    trainer = make_trainer(
+        tokenizer, rows, tmp_path, waiting={"decoder": 2}, self_critical=critical, learning_rate=1e-3, **settings
+    )
+    trainer.learning_rates = {"encoder": 2e-5, "decoder": 1e-3, "cross_attention": 1e-3}
+    trainer.create_optimizer_and_scheduler(40)
+    rates = {part: [] for part in trainer.learning_rates}
+    for _ in range(40):
+        for group in trainer.optimizer.param_groups:
+            rates[group["part"]].append(group["lr"])
+        trainer.optimizer.step()
+        trainer.lr_scheduler.step()
+    rates = {part: np.array(seen).reshape(40, -1)[:, 0] for part, seen in rates.items()}
+    # The whole schedule twice, each with its warm-up, from the rate of the part and from the other.
+    wave = np.array([0, 0.5, *(0.5 * (1 + math.cos(math.pi * step / 18)) for step in range(18))])
+    for part, first, second in (("encoder", 2e-5, 2e-5), ("cross_attention", 1e-3, 1e-4)):
+        np.testing.assert_allclose(rates[part], [*first * wave, *second * wave], atol=1e-12)
+    np.testing.assert_allclose(rates["decoder"], [*[0] * 4, *1e-3 * wave[4:], *1e-4 * wave], atol=1e-12)
+
+    settings |= {"lr_scheduler_type": "reduce_lr_on_plateau", "eval_strategy": "epoch"}
+    trainer = make_trainer(tokenizer, rows, tmp_path, self_critical=critical, **settings)
+    with pytest.raises(InputError, match="reduce_lr_on_plateau"):
+        trainer.create_optimizer_and_scheduler(40)
 
 
 # ---- the script
