@@ -184,6 +184,25 @@ def one_caption_at_random() -> None:
     CaptionTrainer.__init__ = changed
 
 
+def text_first(epochs: int) -> Callable[[], None]:
+    """In so many first epochs the decoder sees nothing of the images: it learns the language of the captions alone."""
+
+    def patch():
+        from captioning.trainer import CaptionTrainer
+
+        original = CaptionTrainer._prepare_inputs
+
+        def changed(self, inputs):
+            inputs = original(self, inputs)
+            if self.model.training and self.state.epoch < epochs:
+                inputs["encoder_outputs"] = (inputs["encoder_outputs"][0] * 0,)
+            return inputs
+
+        CaptionTrainer._prepare_inputs = changed
+
+    return patch
+
+
 def preset(**settings) -> Callable[[], None]:
     """The decoder preset `small` with other sizes."""
 
@@ -215,6 +234,7 @@ INGREDIENTS = {
     "decoder of 6 layers": Row(patches=(preset(n_layer=6),)),
     "weight average 0.999": Row(patches=(weight_average(0.999),)),
     "one caption at random": Row(patches=(one_caption_at_random,)),
+    "three of the epochs on text alone": Row(patches=(text_first(3),)),
     "two variants of each image": Row(("--augment", "2")),
     "four variants of each image": Row(("--augment", "4")),
     "self-critical for the last quarter": Row(("--self_critical_epochs", "3")),
