@@ -34,7 +34,11 @@ SCORES = {
     "eval_rouge_l": ("ROUGE-L", "#8a3f02", "s"),
     "eval_meteor": ("METEOR", "#2a7d5f", "^"),
 }
-CIDER = {"eval_cider_d": ("CIDEr-D", "#7b3f8c", "D")}  # 0 to 10, about 1 for a good model: its own panel
+CIDER = {  # 0 to 10, about 1 for a good model: its own panel
+    "reward": ("sampled, train", "#808080", ""),  # in self-critical training
+    "eval_cider_d": ("CIDEr-D", "#7b3f8c", "D"),
+}
+JAGGED = {"loss", "reward"}
 
 # What people call the scores that metrics.py computes, in the order of a table.
 SCORE_NAMES = {
@@ -141,7 +145,7 @@ def _series(log_history: list[dict], key: str) -> tuple[list[float], list[float]
             value = float(entry[key])
             points.setdefault(entry["epoch"], value if math.isfinite(value) else math.nan)
     epochs = sorted(points)
-    if key == "loss":
+    if key in JAGGED:
         # A loss logged thousands of times is a black band: draw means over equal numbers of entries instead.
         size = max(1, math.ceil(len(epochs) / 150))
         groups = [epochs[i : i + size] for i in range(0, len(epochs), size)]
@@ -159,7 +163,7 @@ def _draw_line(axes, key: str, epochs: list[float], values: list[float]) -> None
         epochs,
         values,
         color=colour,
-        linewidth=1.6 if marker else 1.2,  # the train loss is the jagged one
+        linewidth=1.6 if marker else 1.2,  # a jagged line is thinner
         marker=marker,
         markevery=((len(epochs) - 1) % every, every),  # so that the last one is marked
         label=name,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import math
+import statistics
 import sys
 import time
 from collections.abc import Mapping
@@ -221,7 +222,7 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.pixels = Pixels(bundle.image_processor)
         self.projection = LabelledProjection(bundle.model.get_output_embeddings())
         self.predictions: dict[int, str] = {}  # of the last evaluation
-        self.rewards: list[float] = []  # mean over the samples of each self-critical batch
+        self.rewards: list[float] = []  # mean over the samples of each self-critical batch since the last log
         # What training did so far: in this process, since it was started
         self.images = self.captions = 0
         self.waited = self.evaluated = 0.0  # seconds spent waiting for data, and on evaluations
@@ -333,6 +334,14 @@ class CaptionTrainer(Seq2SeqTrainer):
             self.advantages = None
             return loss
         return caption_loss(outputs.logits[0], labels, num_items_in_batch, self.args.label_smoothing_factor)
+
+    def log(self, logs: dict[str, float], *args, **kwargs) -> None:
+        if self.rewards and "loss" in logs:
+            # Of sampled captions the loss says nothing (its mean is near 0 however good they are), their reward does.
+            logs = {"reward": statistics.fmean(self.rewards), **logs}
+            del logs["loss"]
+            self.rewards.clear()
+        super().log(logs, *args, **kwargs)
 
     def _get_train_sampler(self, train_dataset=None):
         if self.args.train_sampling_strategy == "sequential":
@@ -638,8 +647,9 @@ class Progress(ProgressCallback):
                 f"the validation loss became {logs['eval_loss']} by step {state.global_step}; lower --learning_rate, "
                 "or train without --fp16"
             )
-        if "loss" in logs and self.training_bar is not None:
-            self.training_bar.set_postfix_str(f"loss {logs['loss']:.3f}")
+        for key in ("loss", "reward"):
+            if key in logs and self.training_bar is not None:
+                self.training_bar.set_postfix_str(f"{key} {logs[key]:.3f}")
         if "eval_loss" in logs:
             scores = "  ".join(f"{name} {logs['eval_' + key]:.3f}" for key, name in SHOWN if "eval_" + key in logs)
             lines = [f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}"]

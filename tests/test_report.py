@@ -86,6 +86,14 @@ def test_curves_without_a_kept_step_have_no_mark():
         assert len(lines(figure)) == sum(len(axes.get_lines()) for axes in figure.axes)
 
 
+def test_rewards_of_sampled_captions_stand_beside_the_validation_score():
+    log = [*history(2), *({"reward": 0.5, "epoch": 2 + step / 10, "step": 20 + step} for step in (5, 10))]
+    loss, _, cider = report.curves_figure(log).axes
+    assert {line.get_label() for line in cider.get_lines()} == {"sampled, train", "CIDEr-D"}
+    assert list(lines(report.curves_figure(log))["sampled, train"].get_xdata()) == [2.5, 3.0]
+    assert max(loss.get_lines()[0].get_xdata()) == 2.0
+
+
 def test_a_second_evaluation_of_an_epoch_is_not_drawn():
     log = [*history(2), {"eval_bleu_4": 0.9, "epoch": 2.0, "step": 20}]
     assert list(lines(report.curves_figure(log))["BLEU-4"].get_ydata()) == pytest.approx([0.2, 0.2])
