@@ -289,7 +289,8 @@ class CaptionTrainer(Seq2SeqTrainer):
         return super().compute_loss(model, inputs, *args, **kwargs)
 
     def _is_self_critical(self) -> bool:
-        return self.state.global_step >= self.state.max_steps - self._self_critical_updates()
+        begin = self.state.max_steps - self._self_critical_updates()
+        return self.self_critical is not None and self.state.global_step >= begin
 
     def _self_critical_updates(self) -> int:
         return round(self.self_critical.epochs * self._updates_per_epoch()) if self.self_critical else 0
@@ -308,7 +309,10 @@ class CaptionTrainer(Seq2SeqTrainer):
             else:
                 features = self.bundle.model.encoder(self.pixels.normalise(inputs["pixel_values"])).last_hidden_state
             grouped = sample_captions(self.bundle.model, features, settings.samples, settings.max_new_tokens)
-        self.model.train()
+        # The update is without dropout too, for samples must come from the model that they teach: with it the model
+        # thinks less of them, and pushes bad ones ever further away (with CLIP's features, captions fell apart).
+        for module in self.model.modules():
+            module.training = getattr(module, "gradient_checkpointing", False)
         captions = [caption for of_image in grouped for caption in of_image]
         ids = inputs["image_id"].repeat_interleave(settings.samples).tolist()
         rewards = settings.reward(

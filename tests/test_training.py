@@ -103,8 +103,8 @@ def make_trainer(
 
 
 def loss_and_gradients(trainer, rows, **settings):
-    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     trainer.model.train()
+    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     trainer.model.zero_grad()
     loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=settings.get("num_items"))
     loss.backward()
@@ -321,7 +321,8 @@ def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp
         given.append((ids, captions, ended))
         return [float(len(caption) % 7) for caption in captions]
 
-    trainer = make_trainer(tokenizer, rows, tmp_path, self_critical=SelfCritical(1, reward, samples=4))
+    # Dropout is off where captions are sampled: these are not what the model with it would say.
+    trainer = make_trainer(tokenizer, rows, tmp_path, dropout=0.3, self_critical=SelfCritical(1, reward, samples=4))
     trainer.state.max_steps = 1
     drawn = []
     sample = trainer_module.sample_captions
@@ -332,6 +333,7 @@ def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp
     assert ids == [row["image_id"] for row in rows.rows for _ in range(4)]
     rewards = [len(caption) % 7 for caption in captions]
     pixels = trainer.pixels.normalise(torch.stack([torch.from_numpy(row["pixels"]) for row in rows.rows]))
+    trainer.model.eval()
     trainer.model.zero_grad()
     total = 0.0
     for index, words in enumerate(caption for of_image in drawn for caption in of_image):
