@@ -35,7 +35,7 @@ SCORES = {
     "eval_meteor": ("METEOR", "#2a7d5f", "^"),
 }
 CIDER = {  # 0 to 10, about 1 for a good model: its own panel
-    "reward": ("sampled, train", "#808080", ""),  # in self-critical training
+    "reward": ("sampled", "#808080", ""),  # of training images, in self-critical epochs
     "eval_cider_d": ("CIDEr-D", "#7b3f8c", "D"),
 }
 JAGGED = {"loss", "reward"}

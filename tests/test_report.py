@@ -89,8 +89,8 @@ def test_curves_without_a_kept_step_have_no_mark():
 def test_rewards_of_sampled_captions_stand_beside_the_validation_score():
     log = [*history(2), *({"reward": 0.5, "epoch": 2 + step / 10, "step": 20 + step} for step in (5, 10))]
     loss, _, cider = report.curves_figure(log).axes
-    assert {line.get_label() for line in cider.get_lines()} == {"sampled, train", "CIDEr-D"}
-    assert list(lines(report.curves_figure(log))["sampled, train"].get_xdata()) == [2.5, 3.0]
+    assert {line.get_label() for line in cider.get_lines()} == {"sampled", "CIDEr-D"}
+    assert list(lines(report.curves_figure(log))["sampled"].get_xdata()) == [2.5, 3.0]
     assert max(loss.get_lines()[0].get_xdata()) == 2.0
 
 
