@@ -1,8 +1,8 @@
 """What each mistake of the usual recipe takes, and what each ingredient of ours gives: one change at a time.
 
     python tests/benchmarks/ablate.py mistakes --data_path karpathy -- --epochs 10
-    python tests/benchmarks/ablate.py ingredients --data_path flickr-2000 --seeds 0 1 -- --epochs 12
-    python tests/benchmarks/ablate.py ingredients --only "default" "batches of 64 images" --data_path flickr-2000
+    python tests/benchmarks/ablate.py ingredients --data_path flickr --train_images 2000 --seeds 0 1 -- --epochs 12
+    python tests/benchmarks/ablate.py ingredients --only "default" "batches of 64 images" --data_path flickr
     python tests/benchmarks/ablate.py decoding --data_path flickr --model_path run-flickr
 
 Every row of `mistakes` and `ingredients` is a training by train.py with a frozen encoder and cached features; what
@@ -298,6 +298,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data_path", type=Path, required=True, help="what dataloader.py wrote")
     parser.add_argument("--output_dir", type=Path, default=Path("ablations"), help="a folder for each training")
     parser.add_argument("--model_path", type=Path, default=Path("vit-gpt2-coco"), help="a run folder, for decoding")
+    parser.add_argument("--train_images", type=int, metavar="N", help="train on the first N only (default: all)")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--only", nargs="+", metavar="ROW", help="these rows (default: all)")
     parser.add_argument("--table", action="store_true", help="train nothing; tabulate what is there")
@@ -341,8 +342,17 @@ def run(name: str, seed: int, args: argparse.Namespace, words: list[str]) -> Non
 
 def train_one(row: Row, args: argparse.Namespace, rest: list[str]) -> None:
     import train
-    from captioning import cli
+    from captioning import batch, cli
 
+    whole = batch.load_prepared
+
+    def first_images(path):
+        splits, description = whole(path)
+        splits["train"] = splits["train"].select(range(args.train_images))
+        return splits, description
+
+    if args.train_images:
+        batch.load_prepared = first_images
     for patch in row.patches:
         patch()
     fixed = [f"--data_path={args.data_path}", "--freeze_encoder", "--cache_features"]
