@@ -111,7 +111,7 @@ def build_parser() -> argparse.ArgumentParser:
     parts.add_argument(
         "--cache_features",
         action="store_true",
-        help="with --freeze_encoder: compute the encoder's output once, keep it in DATA_PATH/.features",
+        help="with --freeze_encoder: keep the encoder's output in DATA_PATH/.features",
     )
     parts.add_argument(
         "--augment",
@@ -127,7 +127,7 @@ def build_parser() -> argparse.ArgumentParser:
         "--dropout",
         type=float,
         metavar="RATE",
-        help="of the decoder's layers and embeddings (default: as the decoder says, 0.1 for GPT-2)",
+        help="of the decoder (default: its own, 0.1 for GPT-2)",
     )
     rates = parser.add_argument_group("learning rates (--learning_rate is for parts that start from random weights)")
     for part, default in (("encoder", "2e-5"), ("decoder", "1e-4"), ("cross_attention", "1e-4")):
@@ -139,7 +139,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=float,
         default=0,
         metavar="N",
-        help="the last N epochs maximise CIDEr-D on sampled captions (self-critical sequence training; default: 0)",
+        help="the last N epochs maximise CIDEr-D on sampled captions (default: 0)",
     )
     rates.add_argument(
         "--self_critical_lr",

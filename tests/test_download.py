@@ -708,7 +708,7 @@ def test_ten_kills_and_the_folder_is_that_of_an_undisturbed_run(original, routes
 
 def test_ctrl_c_while_fetching_leaves_nothing_half_written(original, routes, undisturbed, tmp_path):
     for path in original.glob("*2014/*.jpg"):
-        routes[f"/{path.parent.name}/{path.name}"] = slowly(path.read_bytes(), 0.5)
+        routes[f"/{path.parent.name}/{path.name}"] = slowly(path.read_bytes(), 2)
     with Server(routes) as server:
         process = subprocess.Popen(command(server, tmp_path), cwd=ROOT, stderr=subprocess.PIPE, text=True)
         deadline = time.monotonic() + 60
