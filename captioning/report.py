@@ -18,8 +18,9 @@ from captioning.files import replacing
 # ---------------------------------------------------------------------------------------------------------
 # Curves
 
-# key in log_history -> name, colour, marker. One hue for each family of scores, told apart by lightness and
-# by marker: blue against orange, and light against dark, survive every common kind of colour blindness.
+# key in log_history -> name, colour, marker (none where it is logged often, and the line is jagged). One hue for each
+# family of scores, told apart by lightness and by marker: blue against orange, and light against dark, survive every
+# common kind of colour blindness.
 LOSSES = {
     "loss": ("train", "#808080", ""),
     "eval_loss": ("validation", "#111111", "o"),
@@ -38,7 +39,7 @@ CIDER = {  # 0 to 10, about 1 for a good model: its own panel
     "reward": ("sampled", "#808080", ""),  # of training images, in self-critical epochs
     "eval_cider_d": ("CIDEr-D", "#7b3f8c", "D"),
 }
-JAGGED = {"loss", "reward"}
+LINES = LOSSES | SCORES | CIDER
 
 # What people call the scores that metrics.py computes, in the order of a table.
 SCORE_NAMES = {
@@ -145,8 +146,8 @@ def _series(log_history: list[dict], key: str) -> tuple[list[float], list[float]
             value = float(entry[key])
             points.setdefault(entry["epoch"], value if math.isfinite(value) else math.nan)
     epochs = sorted(points)
-    if key in JAGGED:
-        # A loss logged thousands of times is a black band: draw means over equal numbers of entries instead.
+    if not LINES[key][2]:
+        # What is logged thousands of times is a black band: draw means over equal numbers of entries instead.
         size = max(1, math.ceil(len(epochs) / 150))
         groups = [epochs[i : i + size] for i in range(0, len(epochs), size)]
         points = {group[-1]: sum(points[epoch] for epoch in group) / len(group) for group in groups}
@@ -155,7 +156,7 @@ def _series(log_history: list[dict], key: str) -> tuple[list[float], list[float]
 
 
 def _draw_line(axes, key: str, epochs: list[float], values: list[float]) -> None:
-    name, colour, marker = (LOSSES | SCORES | CIDER)[key]
+    name, colour, marker = LINES[key]
     if sum(map(math.isfinite, values)) == 1:
         marker = "o"  # a line of one point would not be seen
     every = max(1, len(epochs) // 15)  # a marker at each evaluation of a long run would hide its line

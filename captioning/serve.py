@@ -155,7 +155,7 @@ def make_page(captioner: Captioner):
 def check_gradio() -> None:
     """Raise InputError where Gradio is not installed; at once, before a model is loaded."""
     try:
-        import gradio  # noqa: F401
+        import gradio  # noqa: F401 (is it there?)
     except ImportError:
         raise InputError("--serve needs Gradio, which is not installed: pip install gradio") from None
 

@@ -290,6 +290,24 @@ def compare_decodings(args: argparse.Namespace) -> None:
 # ---- running and tabulating
 
 
+def first_images(count: int) -> Callable[[], None]:
+    """Train on so many images only."""
+
+    def patch():
+        from captioning import batch
+
+        whole = batch.load_prepared
+
+        def changed(folder):
+            splits, description = whole(folder)
+            splits["train"] = splits["train"].select(range(count))
+            return splits, description
+
+        batch.load_prepared = changed
+
+    return patch
+
+
 def main(argv: list[str] | None = None) -> None:
     words = sys.argv[1:] if argv is None else argv
     own, rest = (words[: words.index("--")], words[words.index("--") + 1 :]) if "--" in words else (words, [])
@@ -342,18 +360,10 @@ def run(name: str, seed: int, args: argparse.Namespace, words: list[str]) -> Non
 
 def train_one(row: Row, args: argparse.Namespace, rest: list[str]) -> None:
     import train
-    from captioning import batch, cli
+    from captioning import cli
 
-    whole = batch.load_prepared
-
-    def first_images(path):
-        splits, description = whole(path)
-        splits["train"] = splits["train"].select(range(args.train_images))
-        return splits, description
-
-    if args.train_images:
-        batch.load_prepared = first_images
-    for patch in row.patches:
+    limit = (first_images(args.train_images),) if args.train_images else ()
+    for patch in (*limit, *row.patches):
         patch()
     fixed = [f"--data_path={args.data_path}", "--freeze_encoder", "--cache_features"]
     cli.run(lambda: train.main([*fixed, *rest, *row.arguments]))
