@@ -121,6 +121,17 @@ class SelfCritical:
     max_new_tokens: int = 30
 
 
+def draw(probabilities: torch.Tensor) -> torch.Tensor:
+    """One index for each row of (..., choices), as `torch.multinomial` draws them.
+
+    By the place of one uniform number among the cumulated probabilities: `multinomial` draws a number for each choice,
+    which took a third of the sampling's time on a CPU.
+    """
+    cumulated = probabilities.cumsum(-1)
+    place = torch.rand_like(cumulated[..., :1]) * cumulated[..., -1:]
+    return torch.searchsorted(cumulated, place, right=True)[..., 0]
+
+
 @torch.no_grad()
 def sample_captions(
     model: VisionEncoderDecoderModel, features: torch.Tensor, count: int, max_new_tokens: int
@@ -154,7 +165,7 @@ def sample_captions(
             past_key_values=past,
             use_cache=True,
         ).logits
-        tokens = torch.multinomial(logits.float().softmax(-1).flatten(0, 1), 1).view_as(tokens)
+        tokens = draw(logits.float().softmax(-1))
         drawn.append(tokens)
         ended |= tokens == eos
         if ended.all():

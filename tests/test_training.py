@@ -363,18 +363,27 @@ def test_packed_sampling_draws_from_the_model_s_own_distribution(tokenizer, monk
     features = net.encoder(pixels).last_hidden_state
     asked = []
 
-    def likeliest(probabilities, count):
+    def likeliest(probabilities):
         asked.append(probabilities)
         # The second caption of an image takes another way, which must not disturb the first and the third.
-        ranks = torch.tensor([0, 1, 0]).repeat(4)
-        return probabilities.topk(2).indices.gather(1, ranks[:, None])
+        ranks = torch.tensor([0, 1, 0]).expand(4, 3)
+        return probabilities.topk(2).indices.gather(2, ranks[..., None])[..., 0]
 
-    monkeypatch.setattr(torch, "multinomial", likeliest)
+    monkeypatch.setattr(trainer_module, "draw", likeliest)
     drawn = trainer_module.sample_captions(net, features, 3, 9)
     assert [captions[0] for captions in drawn] == [captions[2] for captions in drawn] == greedy
     assert all(captions[1] != captions[0] for captions in drawn)
     for probabilities in asked:
-        torch.testing.assert_close(probabilities[0::3], probabilities[2::3])
+        torch.testing.assert_close(probabilities[:, 0], probabilities[:, 2])
+
+
+def test_tokens_are_drawn_as_often_as_they_are_likely():
+    torch.manual_seed(0)
+    likely = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0], [1.0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1.0]])
+    drawn = trainer_module.draw(likely.expand(20_000, 3, 6))
+    often = torch.nn.functional.one_hot(drawn, 6).float().mean(0)
+    torch.testing.assert_close(often, likely, atol=0.015, rtol=0)
+    assert not often[likely == 0].any()
 
 
 def test_self_critical_training_raises_the_reward(tokenizer, tmp_path):
