@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import shutil
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,6 +33,11 @@ def run(name: str, arguments: list, monkeypatch) -> int:
     with pytest.raises(SystemExit) as stopped:
         cli.run(lambda: main(list(map(str, arguments))))
     return stopped.value.code or 0
+
+
+def hears_ctrl_c() -> None:
+    """A `preexec_fn`: as from a terminal, even where the tests run in the background, which ignores Ctrl-C."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -17,7 +17,7 @@ import zlib
 from email.utils import formatdate
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, hears_ctrl_c
 from datasets import load_from_disk
 from httpserver import (
     Server,
@@ -715,8 +715,7 @@ def test_ctrl_c_while_fetching_leaves_nothing_half_written(original, routes, und
             cwd=ROOT,
             stderr=subprocess.PIPE,
             text=True,
-            # A shell that runs the tests in the background has them, and what they start, ignore it.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+            preexec_fn=hears_ctrl_c,
         )
         deadline = time.monotonic() + 60
         while sum(request.path.endswith(".jpg") for request in server.requests) < 12 and time.monotonic() < deadline:

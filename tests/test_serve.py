@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, hears_ctrl_c, script
 from httpserver import Server, body, status
 from PIL import Image
 
@@ -152,8 +152,7 @@ def page_address(trained):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        # As from a terminal, even where the tests run in the background, which ignores Ctrl-C.
-        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+        preexec_fn=hears_ctrl_c,
     )
     for line in process.stderr:
         if "listening on" in line:

@@ -23,6 +23,7 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -53,6 +54,18 @@ def labels_become(change: Callable[[list[list[int]]], list[list[int]]]) -> None:
     CaptionTrainer.__init__ = changed
 
 
+def batches_become(change: Callable[[Any, dict], dict]) -> None:
+    """Change the training batches, those of evaluations not; `change` is given the trainer and a batch."""
+    from captioning.trainer import CaptionTrainer
+
+    original = CaptionTrainer._prepare_inputs
+
+    def changed(self, inputs):
+        return original(self, change(self, inputs) if self.model.training else inputs)
+
+    CaptionTrainer._prepare_inputs = changed
+
+
 def end_masked() -> None:
     """The end has the id of the padding, and is masked with it: it is never a target."""
     labels_become(lambda captions: [caption[:-1] for caption in captions])
@@ -75,20 +88,15 @@ def cut_short(tokens: int = 20) -> Callable[[], None]:
 def shifted_twice() -> None:
     """The target of each position is the token after the next one, as in transformers 4.50 to 4.5x."""
     from captioning.batch import IGNORED
-    from captioning.trainer import CaptionTrainer
 
-    original = CaptionTrainer._prepare_inputs
+    def change(trainer, inputs):
+        labels, segments = inputs["labels"], inputs["segment_ids"]
+        following = labels.roll(-1, 1).masked_fill(segments.roll(-1, 1) != segments, IGNORED)
+        following[:, -1] = IGNORED
+        positions = (following.flatten() != IGNORED).nonzero().flatten()
+        return {**inputs, "labels": following, "label_positions": positions}
 
-    def changed(self, inputs):
-        if self.model.training:
-            labels, segments = inputs["labels"], inputs["segment_ids"]
-            following = labels.roll(-1, 1).masked_fill(segments.roll(-1, 1) != segments, IGNORED)
-            following[:, -1] = IGNORED
-            positions = (following.flatten() != IGNORED).nonzero().flatten()
-            inputs = {**inputs, "labels": following, "label_positions": positions}
-        return original(self, inputs)
-
-    CaptionTrainer._prepare_inputs = changed
+    batches_become(change)
 
 
 # What people copy leaves the learning rate, its warm-up and the schedule at the Trainer's defaults.
@@ -187,43 +195,24 @@ def one_caption_at_random() -> None:
 def text_first(epochs: int) -> Callable[[], None]:
     """In so many first epochs the decoder sees nothing of the images: it learns the language of the captions alone."""
 
-    def patch():
-        from captioning.trainer import CaptionTrainer
+    def change(trainer, inputs):
+        return {**inputs, "features": inputs["features"] * 0} if trainer.state.epoch < epochs else inputs
 
-        original = CaptionTrainer._prepare_inputs
-
-        def changed(self, inputs):
-            inputs = original(self, inputs)
-            if self.model.training and self.state.epoch < epochs:
-                inputs["encoder_outputs"] = (inputs["encoder_outputs"][0] * 0,)
-            return inputs
-
-        CaptionTrainer._prepare_inputs = changed
-
-    return patch
+    return lambda: batches_become(change)
 
 
 def patches_dropped(share: float) -> Callable[[], None]:
     """In training the decoder sees a random part of each image's patches (https://arxiv.org/abs/2208.07220)."""
 
-    def patch():
+    def change(trainer, inputs):
         import torch
 
-        from captioning.trainer import CaptionTrainer
+        features = inputs["features"]
+        count, tokens, width = features.shape
+        kept = torch.rand(count, tokens).argsort(1)[:, : round(tokens * (1 - share)), None]
+        return {**inputs, "features": features.gather(1, kept.expand(-1, -1, width))}
 
-        original = CaptionTrainer._prepare_inputs
-
-        def changed(self, inputs):
-            if self.model.training:
-                features = inputs["features"]
-                count, tokens, width = features.shape
-                kept = torch.rand(count, tokens).argsort(1)[:, : round(tokens * (1 - share)), None]
-                inputs = {**inputs, "features": features.gather(1, kept.expand(-1, -1, width))}
-            return original(self, inputs)
-
-        CaptionTrainer._prepare_inputs = changed
-
-    return patch
+    return lambda: batches_become(change)
 
 
 def preset(**settings) -> Callable[[], None]:
