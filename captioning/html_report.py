@@ -383,6 +383,11 @@ def _settings(results: Mapping[str, Any]) -> str:
     data = {key: name_of(value) if key in ("encoder", "decoder") else value for key, value in results["data"].items()}
     groups = {
         "Model": model,
+        "Recipe": {
+            key: name_of(value) if key == "model_path" else value
+            for key, value in results.get("recipe", {}).items()
+            if value is not None
+        },
         "Learning rates": results.get("learning_rates", {}),
         "Training": training,
         "Captions are generated with": results["decoding"],

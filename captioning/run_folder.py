@@ -1,6 +1,6 @@
 """What a run folder holds besides the model and its checkpoints: scores, captions, pictures, model card.
 
-    run_folder.write(folder, trainer, test_rows, validation, test, names, description, kept)
+    run_folder.write(folder, trainer, test_rows, validation, test, names, recipe, description, kept)
 
 Each file is written whole or not at all.
 """
@@ -30,6 +30,7 @@ def write(
     validation: Mapping[str, float],
     test: Mapping[str, float],
     names: Mapping[str, Any],
+    recipe: Mapping[str, Any],
     description: Mapping[str, Any],
     kept: int | None,
 ) -> None:
@@ -41,6 +42,7 @@ def write(
         test_rows: the test split of `processed_data`.
         validation, test: scores by name, of the weights that are kept.
         names: of the `encoder` and the `decoder`, and whether it was `freeze_encoder`.
+        recipe: train.py's other flags.
         description: the data's `dataset.json`.
         kept: the step of the checkpoint that is kept; None: the last one.
     """
@@ -55,6 +57,7 @@ def write(
         "validation": {"images": description["images"]["validation"], **validation},
         "test": {"images": description["images"]["test"], **test},
         "model": dict(names),
+        "recipe": dict(recipe),
         "learning_rates": trainer.learning_rates,
         "decoding": trainer.bundle.model.generation_config.to_diff_dict(),
         "training": training.to_sanitized_dict(),
