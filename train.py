@@ -130,13 +130,6 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="RATE",
         help="of the decoder (default: its own, 0.1 for GPT-2)",
     )
-    parts.add_argument(
-        "--patch_dropout",
-        type=float,
-        default=0.0,
-        metavar="RATE",
-        help="show the decoder a random part of each image's patches, anew in each update: less work (default: 0)",
-    )
     rates = parser.add_argument_group("learning rates (--learning_rate is for parts that start from random weights)")
     for part, default in (("encoder", "2e-5"), ("decoder", "1e-4"), ("cross_attention", "1e-4")):
         help_text = f"of the {part.replace('_', '-')} when it is pretrained (default: {default})"
@@ -247,9 +240,8 @@ def parse_arguments(argv: list[str] | None):
             parser.error("--self_critical_epochs needs packing: leave --no-packing out")
         if not 0 < args.self_critical_lr < math.inf:
             parser.error(f"--self_critical_lr {args.self_critical_lr:g} is not above 0 and finite")
-        for flag in ("dropout", "patch_dropout"):
-            if getattr(args, flag) is not None and not 0 <= getattr(args, flag) < 1:
-                parser.error(f"--{flag} {getattr(args, flag):g} is not between 0 and 1")
+        if args.dropout is not None and not 0 <= args.dropout < 1:
+            parser.error(f"--dropout {args.dropout:g} is not between 0 and 1")
         given = {word.split("=")[0] for word in rest}
         if args.epochs is not None and given & {"--num_train_epochs", "--max_steps"}:
             parser.error("--epochs and --num_train_epochs or --max_steps say two things; give one of them")
@@ -537,8 +529,6 @@ def train(args: argparse.Namespace, training) -> int:
     if args.packing and training.train_sampling_strategy == "group_by_length":
         sampler = batch.LengthSampler(datasets["train"].lengths(), training.train_batch_size, training.seed)
         say(f"padding: {sampler.padding():.1%} of the decoder's positions, sorting within {sampler.window} batches")
-    if args.patch_dropout:
-        say(f"patch dropout: a random {args.patch_dropout:.0%} of each image's patches is hidden in each update")
     self_critical = None
     if args.self_critical_epochs:
         train_rows = splits["train"]
@@ -551,7 +541,6 @@ def train(args: argparse.Namespace, training) -> int:
         rates,
         {"encoder": max(args.freeze_encoder, args.cross_attention_epochs), "decoder": args.cross_attention_epochs},
         self_critical,
-        args.patch_dropout,
         args=training,
         data_collator=batch.Collator(start, tokenizer.pad_token_id, args.packing),
         train_dataset=datasets["train"],
@@ -597,7 +586,6 @@ RECIPE = (
     "cache_features",
     "augment",
     "dropout",
-    "patch_dropout",
     "packing",
     "self_critical_epochs",
     "self_critical_lr",

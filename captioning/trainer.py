@@ -193,43 +193,6 @@ class LabelledProjection:
         return (inputs[0].flatten(0, -2).index_select(0, self.positions)[None],)
 
 
-class PatchDropout:
-    """Lets the decoder see a random share of the encoder's output while it trains.
-
-    The paper (https://arxiv.org/abs/2208.07220) drops patches before the encoder; here they are dropped behind it, so
-    that features in a cache serve too. What is spared is the cross-attention's work, most of a small decoder's.
-
-    Args:
-        encoder: its output is thinned where it runs on its own; see `begin`.
-        rate: the share to be dropped, of every image anew.
-    """
-
-    def __init__(self, encoder: torch.nn.Module, rate: float):
-        self.rate = rate
-        self.active = False
-        self.kept: torch.Tensor | None = None  # (images, tokens that are kept), indices
-        encoder.register_forward_hook(self._thin)
-
-    def begin(self, active: bool) -> None:
-        """From here on drop nothing, or a new choice: until the next call the same, however often the encoder runs."""
-        self.active = active and self.rate > 0
-        self.kept = None
-
-    def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """(images, tokens, width) -> (images, fewer tokens, width); no image is left without any."""
-        if not self.active:
-            return states
-        count, tokens, width = states.shape
-        if self.kept is None:
-            order = torch.rand(count, tokens, device=states.device).argsort(1)
-            self.kept = order[:, : max(1, round(tokens * (1 - self.rate))), None]
-        return states.gather(1, self.kept.expand(-1, -1, width))
-
-    def _thin(self, encoder, inputs, output):
-        output.last_hidden_state = self(output.last_hidden_state)
-        return output
-
-
 class CaptionTrainer(Seq2SeqTrainer):
     """Trains and scores a captioner on the batches of `captioning.batch.Collator`.
 
@@ -239,7 +202,6 @@ class CaptionTrainer(Seq2SeqTrainer):
         learning_rates: one for each of PARTS; `args.learning_rate` where a part has none.
         waiting: epochs at the start of training in which a part keeps its weights while the others move.
         self_critical: for the last epochs of training, see `SelfCritical`.
-        patch_dropout: the share of each image's encoder states that the decoder does not see in training.
         kwargs: those of `Seq2SeqTrainer`.
     """
 
@@ -250,7 +212,6 @@ class CaptionTrainer(Seq2SeqTrainer):
         learning_rates: Mapping[str, float],
         waiting: Mapping[str, float] | None = None,
         self_critical: SelfCritical | None = None,
-        patch_dropout: float = 0.0,
         **kwargs,
     ):
         args = kwargs["args"]
@@ -271,7 +232,6 @@ class CaptionTrainer(Seq2SeqTrainer):
         self.learning_rates = {part: learning_rates.get(part, args.learning_rate) for part in PARTS}
         self.pixels = Pixels(bundle.image_processor)
         self.projection = LabelledProjection(bundle.model.get_output_embeddings())
-        self.patches = PatchDropout(bundle.model.encoder, patch_dropout)
         self.predictions: dict[int, str] = {}  # of the last evaluation
         self.rewards: list[float] = []  # mean over the samples of each self-critical batch since the last log
         # What training did so far: in this process, since it was started
@@ -294,9 +254,6 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _prepare_inputs(self, inputs: dict[str, Any]) -> dict[str, Any]:
         """Move a batch to the device and turn it into what the model's forward takes."""
         inputs = super()._prepare_inputs(inputs)
-        self.patches.begin(self.model.training)
-        if "features" in inputs:
-            inputs["features"] = self.patches(inputs["features"])
         if self.model.training and self._is_self_critical():
             inputs = self._sampled(inputs)
         inputs.pop("image_id", None)
@@ -386,7 +343,6 @@ class CaptionTrainer(Seq2SeqTrainer):
     def _loss(self, outputs, labels, num_items_in_batch=None) -> torch.Tensor:
         labels = labels.flatten()[self.projection.positions]
         self.projection.positions = None
-        self.patches.begin(False)
         if self.advantages is not None:
             likelihood = -functional.cross_entropy(outputs.logits[0].float(), labels, reduction="none")
             loss = -(self.advantages * likelihood).sum() / num_items_in_batch

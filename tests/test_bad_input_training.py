@@ -255,7 +255,6 @@ REFUSED: dict[str, Row] = {
     "a word without a flag": ("train", flags("5"), "'5' belongs to no flag"),
     "features of a moving encoder": ("train", flags("--cache_features"), "--cache_features needs --freeze_encoder"),
     "self-critical and no rate": ("train", flags("--self_critical_lr=0"), "--self_critical_lr 0 is not above 0"),
-    "all patches dropped": ("train", flags("--patch_dropout=1"), "--patch_dropout 1 is not between 0 and 1"),
     "all of the decoder dropped": ("train", flags("--dropout=1"), "--dropout 1 is not between 0 and 1"),
     "frozen for less than no time": ("train", flags("--freeze_encoder=-1"), "--freeze_encoder -1 is below 0"),
     "evaluations and checkpoints apart": (

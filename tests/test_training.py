@@ -69,7 +69,6 @@ def make_trainer(
     waiting=None,
     self_critical=None,
     attention="sdpa",
-    patch_dropout=0.0,
     **settings,
 ):
     set_seed(0)
@@ -96,7 +95,6 @@ def make_trainer(
         {},
         waiting,
         self_critical,
-        patch_dropout,
         args=Seq2SeqTrainingArguments(**{**defaults, **settings}),
         data_collator=collator,
         train_dataset=rows,
@@ -350,90 +348,6 @@ def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp
     for name, parameter in trainer.model.named_parameters():
         if parameter.grad is not None:
             torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-5, rtol=1e-3)
-
-
-def with_features(trainer, rows):
-    """The rows with the encoder's output in the place of their pixels."""
-    trainer.model.eval()
-    pixels = trainer.pixels.normalise(torch.stack([torch.from_numpy(row["pixels"]) for row in rows]))
-    with torch.no_grad():
-        states = trainer.model.encoder(pixels).last_hidden_state.numpy()
-    return [
-        {"image_id": row["image_id"], "labels": row["labels"], "features": state}
-        for row, state in zip(rows, states, strict=True)
-    ]
-
-
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize("cached", [True, False])
-def test_patch_dropout_is_a_smaller_encoder_output(tokenizer, tmp_path, packed, cached):
-    rows = Rows(tokenizer, 3)
-    trainer = make_trainer(tokenizer, rows, tmp_path, packed, patch_dropout=0.75)
-    given = with_features(trainer, rows.rows) if cached else rows.rows
-    seen = []
-    trainer.model.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: seen.append(kwargs["encoder_hidden_states"]), with_kwargs=True
-    )
-    torch.manual_seed(1)
-    loss, gradients = loss_and_gradients(trainer, given)
-    count = 3 if packed else sum(len(row["labels"]) for row in rows.rows)
-    assert seen[0].shape == (count, 16, 128)  # of 65 states
-
-    # The plain way: choose among all states, and hand the decoder those.
-    torch.manual_seed(1)
-    kept = torch.rand(count, 65).argsort(1)[:, :16]
-    assert len({tuple(row) for row in kept.tolist()}) == count
-    plain = make_trainer(tokenizer, rows, tmp_path, packed)
-    plain.model.load_state_dict(trainer.model.state_dict())
-    plain.model.train()
-    inputs = plain._prepare_inputs(plain.data_collator(given))
-    states = inputs["encoder_outputs"][0] if cached else plain.model.encoder(inputs["pixel_values"]).last_hidden_state
-    inputs.pop("pixel_values", None)
-    inputs["encoder_outputs"] = (torch.stack([states[row, kept[row]] for row in range(count)]),)
-    plain.model.zero_grad()
-    expected = plain.compute_loss(plain.model, inputs)
-    expected.backward()
-    assert loss == pytest.approx(expected.item(), rel=1e-5)
-    for name, parameter in plain.model.named_parameters():
-        if parameter.grad is not None:
-            torch.testing.assert_close(gradients[name], parameter.grad, atol=1e-6, rtol=1e-3)
-
-
-def test_patch_dropout_is_for_training_alone(tokenizer, tmp_path):
-    rows = Rows(tokenizer, 3)
-    thinned, whole = (make_trainer(tokenizer, rows, tmp_path, patch_dropout=rate) for rate in (0.9, 0.0))
-    loss_and_gradients(thinned, rows.rows)
-    assert thinned.evaluate()["eval_loss"] == pytest.approx(whole.evaluate()["eval_loss"], rel=1e-6)
-    states = [t.model.encoder(torch.zeros(1, 3, 64, 64)).last_hidden_state.shape for t in (thinned, whole)]
-    assert states[0] == states[1]
-
-
-@pytest.mark.parametrize("cached", [True, False])
-def test_sampled_captions_are_learnt_from_the_patches_that_they_were_drawn_from(
-    tokenizer, tmp_path, monkeypatch, cached
-):
-    rows = Rows(tokenizer, 3)
-    critical = SelfCritical(1, lambda ids, captions, ended: [float(n) for n in range(len(ids))], samples=2)
-    trainer = make_trainer(tokenizer, rows, tmp_path, self_critical=critical, patch_dropout=0.5)
-    trainer.state.max_steps = 1
-    drawn_from, learnt_from = [], []
-    sample = trainer_module.sample_captions
-
-    def watched(net, features, *args):
-        drawn_from.append(features)
-        return sample(net, features, *args)
-
-    monkeypatch.setattr(trainer_module, "sample_captions", watched)
-    trainer.model.train()
-    given = with_features(trainer, rows.rows) if cached else rows.rows
-    trainer.model.train()
-    inputs = trainer._prepare_inputs(trainer.data_collator(given))
-    trainer.model.decoder.register_forward_pre_hook(
-        lambda module, args, kwargs: learnt_from.append(kwargs["encoder_hidden_states"]), with_kwargs=True
-    )
-    trainer.compute_loss(trainer.model, inputs, num_items_in_batch=10)
-    assert drawn_from[0].shape[1] == 32
-    torch.testing.assert_close(learnt_from[0], drawn_from[0])
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -201,6 +201,20 @@ def text_first(epochs: int) -> Callable[[], None]:
     return lambda: batches_become(change)
 
 
+def patches_dropped(share: float) -> Callable[[], None]:
+    """In training the decoder sees a random part of each image's patches (https://arxiv.org/abs/2208.07220)."""
+
+    def change(trainer, inputs):
+        import torch
+
+        features = inputs["features"]
+        count, tokens, width = features.shape
+        kept = torch.rand(count, tokens).argsort(1)[:, : round(tokens * (1 - share)), None]
+        return {**inputs, "features": features.gather(1, kept.expand(-1, -1, width))}
+
+    return lambda: batches_become(change)
+
+
 def preset(**settings) -> Callable[[], None]:
     """The decoder preset `small` with other sizes."""
 
@@ -233,7 +247,7 @@ INGREDIENTS = {
     "weight average 0.999": Row(patches=(weight_average(0.999),)),
     "one caption at random": Row(patches=(one_caption_at_random,)),
     "three of the epochs on text alone": Row(patches=(text_first(3),)),
-    "half of the patches dropped": Row(("--patch_dropout", "0.5")),
+    "half of the patches dropped": Row(patches=(patches_dropped(0.5),)),
     "two variants of each image": Row(("--augment", "2")),
     "four variants of each image": Row(("--augment", "4")),
     "cross-attention alone for two of the epochs": Row(("--cross_attention_epochs", "2")),
