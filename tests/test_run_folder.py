@@ -161,6 +161,7 @@ def test_captions_of_any_kind_are_text_and_nothing_else(run):
     captions = {image_id: captions[image_id] for image_id in rows["image_id"]}
     results = copy.deepcopy(results)
     results["model"]["encoder"] = "/home/somebody/<b>encoder</b>"
+    results["recipe"]["model_path"] = "/home/somebody/<b>run</b>"
     results["data"]["source"] = "<i>source</i>"
     text = html_report.report_page(results, history, rows, captions)
     page = Page(text)
