@@ -35,7 +35,8 @@ from typing import Any
 
 from PIL import Image
 
-from captioning import InputError, cli, coco, download, images, sample
+from captioning import InputError, cli
+from captioning.data import annotations, download, images, scenes
 from captioning.files import locked_folder
 
 SPLITS = ("train", "validation", "test")
@@ -58,7 +59,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     source.add_argument("--karpathy_json", type=Path, help="a Karpathy file (dataset_coco.json, dataset_flickr8k.json)")
     source.add_argument("--image_dir", type=Path, help="the images of --karpathy_json")
     source.add_argument("--sample", action="store_true", help="draw a small data set instead; needs no network")
-    source.add_argument("--coco_url", default=coco.COCO_URL, help="the server that COCO 2014 is fetched from")
+    source.add_argument("--coco_url", default=annotations.COCO_URL, help="the server that COCO 2014 is fetched from")
     source.add_argument(
         "--cache_dir",
         type=Path,
@@ -142,7 +143,7 @@ class Draw:
     pools: list[str]
 
 
-def plan(pools: dict[str, list[coco.Record]], args: argparse.Namespace) -> list[Draw]:
+def plan(pools: dict[str, list[annotations.Record]], args: argparse.Namespace) -> list[Draw]:
     """How many images each split takes from which pool. Later draws take what earlier ones left."""
     total = sum(map(len, pools.values()))
     limit = min(args.limit_data or total, total)
@@ -183,7 +184,7 @@ class Prepared:
     dropped: str = ""
 
 
-def prepare_image(record: coco.Record, short_side: int) -> Prepared:
+def prepare_image(record: annotations.Record, short_side: int) -> Prepared:
     """Read, check, resize and encode one image; runs in a worker process.
 
     The shorter side becomes `short_side` pixels where it is longer.
@@ -216,25 +217,25 @@ class Chosen:
 
     dropped: Counter = field(default_factory=Counter)
     examples: dict[str, str] = field(default_factory=dict)  # reason -> first file
-    shown: list[tuple[coco.Record, str]] = field(default_factory=list)  # dropped records and why, for --preview
-    splits: dict[str, list[coco.Record]] = field(default_factory=lambda: {split: [] for split in SPLITS})
+    shown: list[tuple[annotations.Record, str]] = field(default_factory=list)  # dropped records and why, for --preview
+    splits: dict[str, list[annotations.Record]] = field(default_factory=lambda: {split: [] for split in SPLITS})
 
 
 class Pools:
     """The records of each pool in seeded order, each taken once."""
 
-    def __init__(self, pools: dict[str, list[coco.Record]], seed: int):
+    def __init__(self, pools: dict[str, list[annotations.Record]], seed: int):
         self.queues = {}
         for name, records in pools.items():
             shuffled = list(records)
             random.Random(f"{seed} {name}").shuffle(shuffled)
             self.queues[name] = deque(shuffled)
 
-    def take(self, pool: str, count: int) -> list[coco.Record]:
+    def take(self, pool: str, count: int) -> list[annotations.Record]:
         queue = self.queues[pool]
         return [queue.popleft() for _ in range(min(count, len(queue)))]
 
-    def first_choice(self, draws: list[Draw]) -> list[coco.Record]:
+    def first_choice(self, draws: list[Draw]) -> list[annotations.Record]:
         """What `draws` would take if every image could be used; nothing is taken."""
         found, used = [], Counter()
         for draw in draws:
@@ -250,10 +251,10 @@ class Pools:
 def choose(
     pools: Pools,
     draws: list[Draw],
-    work: Callable[[coco.Record], Prepared],
+    work: Callable[[annotations.Record], Prepared],
     args: argparse.Namespace,
-    keep: Callable[[str, coco.Record, bytes], None],
-    fetch: Callable[[list[coco.Record]], None],
+    keep: Callable[[str, annotations.Record, bytes], None],
+    fetch: Callable[[list[annotations.Record]], None],
 ) -> Chosen:
     """Go through the pools until every draw has its images; `keep` receives each one.
 
@@ -318,11 +319,11 @@ def _leave_interrupts_to_the_parent() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
-def fetcher(client: download.Client, args: argparse.Namespace) -> Callable[[list[coco.Record]], None]:
+def fetcher(client: download.Client, args: argparse.Namespace) -> Callable[[list[annotations.Record]], None]:
     """What fetches the images of records, and ends the run when some cannot be had, unless --skip_missing is given."""
     given_up: set[int] = set()
 
-    def fetch(records: list[coco.Record]) -> None:
+    def fetch(records: list[annotations.Record]) -> None:
         failed = download.fetch_images([record for record in records if record.image_id not in given_up], client)
         if not failed:
             return
@@ -340,7 +341,7 @@ def fetcher(client: download.Client, args: argparse.Namespace) -> Callable[[list
     return fetch
 
 
-def check_space(records: list[coco.Record], wanted: int, args: argparse.Namespace) -> None:
+def check_space(records: list[annotations.Record], wanted: int, args: argparse.Namespace) -> None:
     """Refuse to begin what the disks cannot hold: `records` to fetch, `wanted` images to store."""
     needs = [(args.save_path.resolve().parent, wanted * PREPARED_SIZE, "--save_path")]
     if records:
@@ -385,7 +386,7 @@ class SplitWriter:
             for split in SPLITS
         }
 
-    def keep(self, split: str, record: coco.Record, data: bytes) -> None:
+    def keep(self, split: str, record: annotations.Record, data: bytes) -> None:
         self.writers[split].write(
             {
                 "image_id": record.image_id,
@@ -460,7 +461,7 @@ def tokenise(captions, tokenizer, max_length: int) -> tuple[Any, int]:
     """Captions, a list of each image's in Arrow -> their token ids likewise, and how many were truncated."""
     import pyarrow
 
-    from captioning.batch import encode_captions
+    from captioning.data.folder import encode_captions
 
     of_images = captions.to_pylist()
     # All of them at once: a call of the tokenizer costs more than a caption.
@@ -538,7 +539,7 @@ def describe(splits, chosen: Chosen, truncated: int, args: argparse.Namespace, s
 
 def draw_preview(path: Path, splits, chosen: Chosen) -> None:
     """Write `--preview`: the first images of each split, and the first that were dropped for each reason."""
-    from captioning import report
+    from captioning.show import report
 
     kept, dropped = [], []
     for split, rows in splits.items():
@@ -619,15 +620,15 @@ def check_target(target: Path) -> None:
 
 def read_source(
     args: argparse.Namespace, work: Path, client: download.Client
-) -> tuple[dict[str, list[coco.Record]], str]:
+) -> tuple[dict[str, list[annotations.Record]], str]:
     """The records to choose from, by pool, and a name for where they come from."""
     if args.sample:
-        karpathy = sample.draw(work / "sample")
-        return coco.read_karpathy(karpathy, karpathy.parent), "drawn scenes"
+        karpathy = scenes.draw(work / "sample")
+        return annotations.read_karpathy(karpathy, karpathy.parent), "drawn scenes"
     if args.karpathy_json:
-        return coco.read_karpathy(args.karpathy_json, args.image_dir), f"Karpathy file {args.karpathy_json.name}"
+        return annotations.read_karpathy(args.karpathy_json, args.image_dir), f"Karpathy file {args.karpathy_json.name}"
     if args.coco_dir:
-        return coco.read_coco(args.coco_dir), "COCO 2014 from a folder"
+        return annotations.read_coco(args.coco_dir), "COCO 2014 from a folder"
     url, cache = args.coco_url.rstrip("/"), args.cache_dir.expanduser()
     if not _existing(cache).is_dir():
         raise InputError(f"--cache_dir '{cache}' is a file, or lies below one; name another folder")
@@ -636,7 +637,7 @@ def read_source(
             f"--cache_dir '{cache}' has no room for the captions ({CAPTIONS_SIZE / 1e6:.0f} MB); make some"
         )
     download.fetch_annotations(cache, url, client)
-    return coco.read_coco(cache, url), "COCO 2014"
+    return annotations.read_coco(cache, url), "COCO 2014"
 
 
 def _existing(folder: Path) -> Path:
@@ -669,14 +670,14 @@ def prepare_folder(work: Path, args: argparse.Namespace) -> str:
     from datasets import load_from_disk
     from datasets.utils.logging import disable_progress_bar
 
-    from captioning import model
+    from captioning.model import parts
 
     disable_progress_bar()
-    model.quiet_transformers()
-    image_processor = model.load_image_processor(args.encoder, whole=not args.center_crop)
-    tokenizer = None if args.decoder in model.DECODER_PRESETS else model.load_tokenizer(args.decoder)
+    parts.quiet_transformers()
+    image_processor = parts.load_image_processor(args.encoder, whole=not args.center_crop)
+    tokenizer = None if args.decoder in parts.DECODER_PRESETS else parts.load_tokenizer(args.decoder)
     # Room for a random crop: 256 pixels for a model that sees 224.
-    short_side = max(model.resized_side(image_processor), round(model.input_side(image_processor) * 8 / 7))
+    short_side = max(parts.resized_side(image_processor), round(parts.input_side(image_processor) * 8 / 7))
     cli.note(f"images are stored with a shorter side of {short_side} px at most, for {args.encoder}")
 
     order = Pools(pools, args.seed)
@@ -689,7 +690,7 @@ def prepare_folder(work: Path, args: argparse.Namespace) -> str:
     refuse_empty(chosen)
     if tokenizer is None:
         captions = (caption for record in chosen.splits["train"] for caption in record.captions)
-        tokenizer = model.train_tokenizer(captions, model.VOCABULARY[args.decoder])
+        tokenizer = parts.train_tokenizer(captions, parts.VOCABULARY[args.decoder])
     cli.note(f"tokenizer: {len(tokenizer):,} tokens, {args.decoder}")
 
     truncated = write_splits(writer.finish(), work, tokenizer, args.max_length)

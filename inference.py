@@ -156,10 +156,10 @@ def load_model(args: argparse.Namespace):
     """The bundle on its device, with the decoding settings of the command line."""
     import torch
 
-    from captioning import model
+    from captioning.model import captioner, parts
 
-    model.quiet_transformers()
-    bundle = model.load(args.model_path)
+    parts.quiet_transformers()
+    bundle = captioner.load(args.model_path)
     try:
         device = torch.device(args.device or _best_device(torch))
         bundle.model.to(device)
@@ -196,9 +196,9 @@ def captions(
     import torch
     from tqdm import tqdm
 
-    from captioning import batch
+    from captioning.model import parts
 
-    pixels = batch.Pixels(bundle.image_processor)
+    pixels = parts.Pixels(bundle.image_processor)
     waiting: list[tuple[Any, Any]] = []
     bar = tqdm(total=total, unit="image", file=sys.stderr, disable=total <= batch_size)
 
@@ -229,18 +229,20 @@ def caption_images(args: argparse.Namespace) -> int:
         raise InputError(f"--explain draws one image, and --image_path names {len(paths):,}; give one of them")
     if not any("://" in path or os.path.isfile(path) for path in paths):
         # Nothing to caption at all: say so before the model is loaded.
-        from captioning import images
+        from captioning.data import images
 
         images.read_bytes(paths[0])
     bundle = load_model(args)
 
     from concurrent.futures import ThreadPoolExecutor
 
-    from captioning import batch, explain, images, model, report
+    from captioning.data import images
+    from captioning.model import explain, generate, parts
+    from captioning.show import report
 
-    pixels = batch.Pixels(bundle.image_processor)
+    pixels = parts.Pixels(bundle.image_processor)
     # Twice what is needed: the decoder may skip detail that nobody will see, the resize stays the one of training.
-    side = 2 * model.resized_side(bundle.image_processor)
+    side = 2 * parts.resized_side(bundle.image_processor)
     failures: list[str] = []
     read_seconds: dict[str, float] = {}
 
@@ -290,7 +292,7 @@ def caption_images(args: argparse.Namespace) -> int:
             lambda bundle, values: explain.best_captions(bundle, values, args.alternatives),
         )
     else:
-        made = captions(bundle, pictures(), args.batch_size, len(paths), model.generate)
+        made = captions(bundle, pictures(), args.batch_size, len(paths), generate.generate)
 
     results = []
     for path, found, seconds in made:
@@ -350,21 +352,24 @@ def json_line(entry: dict[str, Any]) -> str:
 
 def score(args: argparse.Namespace) -> int:
     """Score a run folder, or a results file, on a split of `--data_path`."""
-    from captioning import batch, metrics
+    from captioning.data import folder
+    from captioning.model import parts
+    from captioning.scores import metrics
+    from captioning.training import batches
 
-    splits, description = batch.load_prepared(args.data_path)
+    splits, description = folder.load_prepared(args.data_path)
     rows = splits[args.split]
     references = dict(zip(rows["image_id"], rows["captions"], strict=True))
     if args.predictions:
         predictions = read_predictions(args.predictions, references)
         target = args.predictions.with_name(f"{args.predictions.stem}_scores_per_image.json")
     else:
-        from captioning import model
+        from captioning.model import generate, parts
 
         bundle = load_model(args)
-        dataset = batch.CaptionDataset(rows, batch.Pixels(bundle.image_processor))
+        dataset = batches.CaptionDataset(rows, parts.Pixels(bundle.image_processor))
         pictures = ((row["image_id"], row["pixels"]) for row in (dataset[i] for i in range(len(dataset))))
-        made = captions(bundle, pictures, args.batch_size, len(dataset), model.generate)
+        made = captions(bundle, pictures, args.batch_size, len(dataset), generate.generate)
         predictions = {image_id: caption for image_id, caption, _ in made}
         results = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
         folder = Path(args.model_path) if Path(args.model_path).is_dir() else Path()
@@ -415,7 +420,7 @@ def read_predictions(file: Path, references: dict[int, list[str]]) -> dict[int, 
 def main(argv: list[str] | None = None) -> int:
     args = parse_arguments(argv)
     if args.serve:
-        from captioning import serve
+        from captioning.show import serve
 
         serve.check_gradio()
         alternatives = args.alternatives if args.alternatives > 1 else 0

@@ -23,8 +23,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from captioning import InputError, cli, resilience
+from captioning import InputError, cli
 from captioning.files import only_process
+from captioning.training import resilience
 
 # Our defaults where they differ from those of Seq2SeqTrainingArguments.
 DEFAULTS: dict[str, Any] = {
@@ -270,9 +271,9 @@ def parse_arguments(argv: list[str] | None):
 
     from transformers import HfArgumentParser, Seq2SeqTrainingArguments
 
-    from captioning import model
+    from captioning.model import parts
 
-    model.quiet_transformers()
+    parts.quiet_transformers()
     trainer_parser = HfArgumentParser(Seq2SeqTrainingArguments, allow_abbrev=False, prog=parser.prog)
     trainer_parser.set_defaults(**DEFAULTS)
     if args.help_all:
@@ -357,11 +358,11 @@ def device_defaults() -> dict[str, Any]:
 
 def check_tokenizer(args: argparse.Namespace, tokenizer, description: dict[str, Any]) -> None:
     """A pretrained decoder only understands its own token ids."""
-    from captioning import model
+    from captioning.model import parts
 
-    if args.decoder in model.DECODER_PRESETS or args.decoder == description["decoder"]:
+    if args.decoder in parts.DECODER_PRESETS or args.decoder == description["decoder"]:
         return
-    theirs = model.load_tokenizer(args.decoder)
+    theirs = parts.load_tokenizer(args.decoder)
     if theirs.get_vocab() != tokenizer.get_vocab():
         raise InputError(
             f"--decoder '{args.decoder}' has another tokenizer than the data in '{args.data_path}', which was made "
@@ -371,7 +372,7 @@ def check_tokenizer(args: argparse.Namespace, tokenizer, description: dict[str, 
 
 def learning_rates(args: argparse.Namespace, training, net, new: set[str]) -> dict[str, float]:
     """By part: its own flag, else the base rate where it starts from random weights, else a gentle one."""
-    from captioning.trainer import PARTS, part_of
+    from captioning.model.captioner import PARTS, part_of
 
     gentle = {"encoder": 2e-5, "decoder": 1e-4, "cross_attention": 1e-4}
     fresh = {part_of(name) for name, _ in net.named_parameters() if name in new}
@@ -423,28 +424,33 @@ def train(args: argparse.Namespace, training) -> int:
     from datasets.utils.logging import disable_progress_bar
     from transformers import EarlyStoppingCallback, set_seed
 
-    from captioning import batch, model, run_folder
-    from captioning.features import cached_features
-    from captioning.metrics import CiderReward
-    from captioning.trainer import CaptionTrainer, SelfCritical, can_pack
+    from captioning.data import folder
+    from captioning.model import captioner, parts
+    from captioning.model.packing import can_pack
+    from captioning.scores.reward import CiderReward
+    from captioning.show import run_folder
+    from captioning.training import batches
+    from captioning.training.features import cached_features
+    from captioning.training.self_critical import SelfCritical
+    from captioning.training.trainer import CaptionTrainer
 
     say = cli.note if training.process_index == 0 else lambda _: None
 
     # Data
     disable_progress_bar()
-    splits, description = batch.load_prepared(args.data_path)
-    tokenizer = model.load_tokenizer(args.data_path, "--data_path")
+    splits, description = folder.load_prepared(args.data_path)
+    tokenizer = parts.load_tokenizer(args.data_path, "--data_path")
     args.encoder = args.encoder or description["encoder"]
     args.decoder = args.decoder or description["decoder"]
     same_encoder = args.encoder == description["encoder"]
     if same_encoder:
-        image_processor = model.load_image_processor(args.data_path, "--data_path")
+        image_processor = parts.load_image_processor(args.data_path, "--data_path")
     else:
-        image_processor = model.load_image_processor(args.encoder, whole=not description.get("center_crop"))
+        image_processor = parts.load_image_processor(args.encoder, whole=not description.get("center_crop"))
     check_tokenizer(args, tokenizer, description)
-    pixels = batch.Pixels(image_processor)
+    pixels = parts.Pixels(image_processor)
     datasets = {
-        split: batch.CaptionDataset(rows, pixels, split == "train" and args.augment > 0, training.seed)
+        split: batches.CaptionDataset(rows, pixels, split == "train" and args.augment > 0, training.seed)
         for split, rows in splits.items()
     }
     references = {
@@ -461,12 +467,12 @@ def train(args: argparse.Namespace, training) -> int:
     # Model
     set_seed(training.seed)
     if args.model_path:
-        net, new = model.load(args.model_path).model, set()
+        net, new = captioner.load(args.model_path).model, set()
     else:
-        net = model.build(args.encoder, args.decoder, tokenizer)
-        new = model.new_parameters(net, args.encoder, args.decoder)
+        net = captioner.build(args.encoder, args.decoder, tokenizer)
+        new = captioner.new_parameters(net, args.encoder, args.decoder)
     if args.dropout is not None:
-        model.set_dropout(net, args.dropout)
+        captioner.set_dropout(net, args.dropout)
     frozen = args.freeze_encoder >= training.num_train_epochs
     if frozen:
         net.encoder.requires_grad_(False)
@@ -490,9 +496,9 @@ def train(args: argparse.Namespace, training) -> int:
         net.generation_config.num_beams = training.generation_num_beams
     if training.generation_max_length:
         net.generation_config.max_new_tokens = training.generation_max_length
-    bundle = model.Bundle(net, tokenizer, image_processor)
+    bundle = captioner.Bundle(net, tokenizer, image_processor)
     rates = learning_rates(args, training, net, new)
-    every, trained = model.count_parameters(net)
+    every, trained = captioner.count_parameters(net)
     say(f"model: {args.encoder} -> {args.decoder}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
     used = {part: rate for part, rate in rates.items() if not (part == "encoder" and frozen)}
     say("learning rates: " + ", ".join(f"{part} {rate:g}" for part, rate in used.items()))
@@ -527,7 +533,7 @@ def train(args: argparse.Namespace, training) -> int:
         f"captions {'packed per image' if args.packing else 'one per row'}"
     )
     if args.packing and training.train_sampling_strategy == "group_by_length":
-        sampler = batch.LengthSampler(datasets["train"].lengths(), training.train_batch_size, training.seed)
+        sampler = batches.LengthSampler(datasets["train"].lengths(), training.train_batch_size, training.seed)
         say(f"padding: {sampler.padding():.1%} of the decoder's positions, sorting within {sampler.window} batches")
     self_critical = None
     if args.self_critical_epochs:
@@ -542,7 +548,7 @@ def train(args: argparse.Namespace, training) -> int:
         {"encoder": max(args.freeze_encoder, args.cross_attention_epochs), "decoder": args.cross_attention_epochs},
         self_critical,
         args=training,
-        data_collator=batch.Collator(start, tokenizer.pad_token_id, args.packing),
+        data_collator=batches.Collator(start, tokenizer.pad_token_id, args.packing),
         train_dataset=datasets["train"],
         eval_dataset=datasets["validation"],
     )
@@ -559,7 +565,7 @@ def train(args: argparse.Namespace, training) -> int:
     if trainer.images:
         say(speed(trainer, trained.metrics["train_runtime"]))
     if trainer.is_world_process_zero():
-        model.save(bundle, args.output_dir)  # before any evaluation in half precision rounds the weights
+        captioner.save(bundle, args.output_dir)  # before any evaluation in half precision rounds the weights
 
     # Scores of the checkpoint that is kept. The test split is seen here, once.
     best = training.load_best_model_at_end and trainer.state.best_model_checkpoint
@@ -622,7 +628,7 @@ def table(validation: dict[str, float], test: dict[str, float]) -> str:
 
 def speed(trainer, seconds: float) -> str:
     """One line on what a training of `seconds` did, evaluations counted apart."""
-    from captioning.trainer import peak_memory
+    from captioning.training.progress import peak_memory
 
     seconds -= trainer.evaluated
     images = trainer.images * trainer.args.world_size

@@ -20,16 +20,17 @@ from hypothesis import strategies as st
 from PIL import Image
 
 import dataloader
-from captioning import InputError, cli, coco, sample
-from captioning.model import load_tokenizer, train_tokenizer
+from captioning import InputError, cli
+from captioning.data import annotations, scenes
+from captioning.model.parts import load_tokenizer, train_tokenizer
 
 Make = Callable[[Path], list]
 Row = tuple[str, Make, str]
 PRESETS = ["--encoder=tiny", "--decoder=tiny", "--num_proc=1"]
-SCENES = [sample.draw_scene(random.Random(number))[0] for number in range(12)]
+SCENES = [scenes.draw_scene(random.Random(number))[0] for number in range(12)]
 
 
-def annotations(part: str, **changes) -> dict:
+def annotation_file(part: str, **changes) -> dict:
     """Six images with two captions each; `changes` replace keys of the first image, or of its first caption."""
     first = 1 if part == "train2014" else 101
     images = [{"id": first + n, "file_name": f"COCO_{part}_{first + n:012d}.jpg"} for n in range(6)]
@@ -49,7 +50,7 @@ def coco_root(folder: Path, train=None, val=None) -> Path:
     for part, content in (("train2014", train), ("val2014", val)):
         (root / part).mkdir(parents=True, exist_ok=True)
         (root / "annotations").mkdir(exist_ok=True)
-        default = annotations(part)
+        default = annotation_file(part)
         for number, image in enumerate(default["images"]):
             SCENES[number + 6 * (part == "val2014")].save(root / part / image["file_name"])
         content = default if content is None else content
@@ -73,11 +74,11 @@ def train2014(content) -> Make:
 
 
 def changed(**changes) -> Make:
-    return train2014(annotations("train2014", **changes))
+    return train2014(annotation_file("train2014", **changes))
 
 
 def both(change: Callable[[dict], dict]) -> Make:
-    contents = [change(annotations(part)) for part in coco.PARTS]
+    contents = [change(annotation_file(part)) for part in annotations.PARTS]
     return lambda folder: prepare(folder, f"--coco_dir={coco_root(folder, *contents)}")
 
 
@@ -242,7 +243,7 @@ REFUSED: dict[str, Row] = {
     "an empty annotation file": ("dataloader", train2014(""), r"captions_train2014\.json' is not a JSON file"),
     "annotations cut short": (
         "dataloader",
-        train2014(json.dumps(annotations("train2014"))[:200]),
+        train2014(json.dumps(annotation_file("train2014"))[:200]),
         r"captions_train2014\.json' is not a JSON file",
     ),
     "annotations in Latin-1": (
@@ -429,7 +430,7 @@ def replaced_first(save: Callable[[Path], None]) -> Make:
 
 def renamed(name: str) -> Make:
     def make(folder):
-        root = coco_root(folder, annotations("train2014", file_name=name))
+        root = coco_root(folder, annotation_file("train2014", file_name=name))
         (root / "train2014" / name).parent.mkdir(exist_ok=True)
         (root / "train2014" / "COCO_train2014_000000000001.jpg").rename(root / "train2014" / name)
         return prepare(folder, f"--coco_dir={root}")
@@ -478,7 +479,7 @@ ODD = {
     ),
     "other keys": (changed(license=[3], id_of_something={"a": 1}), 12, None, "dropped: nothing"),
     "a byte order mark": (
-        train2014(b"\xef\xbb\xbf" + json.dumps(annotations("train2014")).encode()),
+        train2014(b"\xef\xbb\xbf" + json.dumps(annotation_file("train2014")).encode()),
         12,
         None,
         "dropped: nothing",
@@ -580,7 +581,10 @@ def test_annotations_of_any_kind_are_read_or_refused(images, captions, tmp_path,
         ("val2014", {"images": [], "annotations": []}),
     ):
         (root / "annotations" / f"captions_{part}.json").write_text(json.dumps(content))
-    for read in (lambda: coco.read_coco(root, "http://host"), lambda: coco.read_karpathy(karpathy_file(root), root)):
+    for read in (
+        lambda: annotations.read_coco(root, "http://host"),
+        lambda: annotations.read_karpathy(karpathy_file(root), root),
+    ):
         try:
             pools = read()
         except InputError as error:
@@ -611,7 +615,7 @@ def test_every_caption_comes_to_its_image_in_order(captions, rng, tmp_path):
     for part, content in (("train2014", [images, notes]), ("val2014", [[], []])):
         text = json.dumps(dict(zip(("images", "annotations"), content, strict=True)))
         (tmp_path / "annotations" / f"captions_{part}.json").write_text(text)
-    records = coco.read_coco(tmp_path)["train2014"]
+    records = annotations.read_coco(tmp_path)["train2014"]
     assert {record.image_id: list(record.captions) for record in records} == captions
     assert [record.image_id for record in records] == sorted(captions)
 
@@ -626,7 +630,7 @@ def test_captions_are_stored_as_written_and_end_once(captions, longest, tmp_path
     writer = dataloader.SplitWriter(folder)
     for split in dataloader.SPLITS:
         for number, own in enumerate(captions):
-            writer.keep(split, coco.Record(number, "x.jpg", Path("x.jpg"), tuple(own)), b"jpeg")
+            writer.keep(split, annotations.Record(number, "x.jpg", Path("x.jpg"), tuple(own)), b"jpeg")
     tokenizer = train_tokenizer((text for own in captions for text in own), 300)
     (folder / "out").mkdir()
     truncated = dataloader.write_splits(writer.finish(), folder / "out", tokenizer, longest)
@@ -662,7 +666,7 @@ def test_printable_text_drives_no_terminal_and_keeps_the_rest(text):
 )
 def test_a_plan_takes_no_image_twice_and_no_more_than_was_asked_for(names, sizes, limit, val, test):
     pools = {
-        name: [coco.Record(1000 * part + n, "x", Path("x"), ("a",)) for n in range(size)]
+        name: [annotations.Record(1000 * part + n, "x", Path("x"), ("a",)) for n in range(size)]
         for part, (name, size) in enumerate(zip(names, sizes, strict=False))
     }
     arguments = [f"--limit_data={limit}", f"--val_share={val}", f"--test_share={test}"]

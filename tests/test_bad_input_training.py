@@ -14,7 +14,7 @@ import pytest
 from conftest import ROOT, contents, run
 from PIL import Image
 
-from captioning import model
+from captioning.model import parts
 
 Make = Callable[[Path], list]
 Row = tuple[str, Make, str]
@@ -117,7 +117,7 @@ def checkpoint(change: Callable[[Path], None]) -> Make:
 
 
 def decoder(folder):
-    model.train_tokenizer(["entirely different words"] * 3, 300).save_pretrained(folder / "decoder")
+    parts.train_tokenizer(["entirely different words"] * 3, 300).save_pretrained(folder / "decoder")
     return training(folder, f"--decoder={folder / 'decoder'}")
 
 
@@ -332,7 +332,7 @@ REFUSED: dict[str, Row] = {
     ),
     "data made for another tokenizer": (
         "train",
-        data(lambda folder: model.train_tokenizer(["a dog"], 300).save_pretrained(folder)),
+        data(lambda folder: parts.train_tokenizer(["a dog"], 300).save_pretrained(folder)),
         rf"was made for another tokenizer than lies in it: its labels hold token \d+, .* {AGAIN}",
     ),
     "data without its tokenizer": (

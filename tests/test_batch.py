@@ -9,14 +9,16 @@ from transformers.models.bit.image_processing_pil_bit import BitImageProcessorPi
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from captioning import batch, model
+from captioning.data import folder
+from captioning.model import packing, parts
+from captioning.training import batches
 
 CAPTIONS = ["a dog runs", "a dog runs on the grass", "dog"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return model.train_tokenizer(CAPTIONS * 3, 400)
+    return parts.train_tokenizer(CAPTIONS * 3, 400)
 
 
 def rows(*groups):
@@ -27,7 +29,7 @@ def rows(*groups):
 
 
 def test_every_caption_ends_in_exactly_one_eos(tokenizer):
-    labels, truncated = batch.encode_captions(tokenizer, [*CAPTIONS, "", "a <|endoftext|> dog"], 100)
+    labels, truncated = folder.encode_captions(tokenizer, [*CAPTIONS, "", "a <|endoftext|> dog"], 100)
     eos = tokenizer.eos_token_id
     assert truncated == 0
     assert [ids.count(eos) for ids in labels] == [1] * 5
@@ -36,8 +38,8 @@ def test_every_caption_ends_in_exactly_one_eos(tokenizer):
 
 
 def test_truncation_keeps_the_eos(tokenizer):
-    full, _ = batch.encode_captions(tokenizer, CAPTIONS, 100)
-    cut, truncated = batch.encode_captions(tokenizer, CAPTIONS, 4)
+    full, _ = folder.encode_captions(tokenizer, CAPTIONS, 100)
+    cut, truncated = folder.encode_captions(tokenizer, CAPTIONS, 4)
     assert truncated == 1
     assert cut[1] == [*full[1][:3], tokenizer.eos_token_id]
     assert cut[0] == full[0]  # three words and the end: exactly 4
@@ -45,7 +47,7 @@ def test_truncation_keeps_the_eos(tokenizer):
 
 def test_padding_is_masked_by_length_and_eos_is_not():
     # Padding and end token are the same id, as in GPT-2.
-    one_per_row = batch.Collator(start_token_id=0, pad_token_id=0, packed=False)(rows([[5, 6, 0], [7, 0]], [[8, 0]]))
+    one_per_row = batches.Collator(start_token_id=0, pad_token_id=0, packed=False)(rows([[5, 6, 0], [7, 0]], [[8, 0]]))
     assert one_per_row["labels"].tolist() == [[5, 6, 0], [7, 0, -100], [8, 0, -100]]
     assert one_per_row["decoder_input_ids"].tolist() == [[0, 5, 6], [0, 7, 0], [0, 8, 0]]
     assert one_per_row["pixel_values"][:, 0, 0, 0].tolist() == [0, 0, 1]
@@ -53,7 +55,7 @@ def test_padding_is_masked_by_length_and_eos_is_not():
 
 
 def test_packing_puts_all_captions_of_an_image_in_one_row():
-    packed = batch.Collator(start_token_id=9, pad_token_id=0)(rows([[5, 6, 0], [7, 0]], [[8, 0]]))
+    packed = batches.Collator(start_token_id=9, pad_token_id=0)(rows([[5, 6, 0], [7, 0]], [[8, 0]]))
     assert packed["labels"].tolist() == [[5, 6, 0, 7, 0], [8, 0, -100, -100, -100]]
     assert packed["decoder_input_ids"].tolist() == [[9, 5, 6, 9, 7], [9, 8, 0, 0, 0]]
     assert packed["decoder_position_ids"].tolist() == [[0, 1, 2, 0, 1], [0, 1, 0, 0, 0]]
@@ -62,7 +64,7 @@ def test_packing_puts_all_captions_of_an_image_in_one_row():
 
 
 def test_the_mask_is_causal_within_a_caption_and_never_empty():
-    mask = batch.packed_attention_mask(torch.tensor([[0, 0, 1, 1, -1]]))[0, 0]
+    mask = packing.packed_attention_mask(torch.tensor([[0, 0, 1, 1, -1]]))[0, 0]
     assert mask.int().tolist() == [
         [1, 0, 0, 0, 0],
         [1, 1, 0, 0, 0],
@@ -85,7 +87,7 @@ def test_the_mask_is_causal_within_a_caption_and_never_empty():
 )
 def test_pixels_equal_the_image_processor(processor):
     image = Image.fromarray(np.random.default_rng(0).integers(0, 256, (57, 75, 3), dtype=np.uint8))
-    pixels = batch.Pixels(processor)
+    pixels = parts.Pixels(processor)
     array = pixels(image)
     assert array.dtype == np.uint8
     ours = pixels.normalise(torch.from_numpy(array)[None])
@@ -96,9 +98,9 @@ def test_pixels_equal_the_image_processor(processor):
 def test_rows_of_a_prepared_folder(prepared):
     from datasets import load_from_disk
 
-    processor = model.load_image_processor(prepared)
+    processor = parts.load_image_processor(prepared)
     split = load_from_disk(str(prepared))["train"]
-    row = batch.CaptionDataset(split, batch.Pixels(processor))[3]
+    row = batches.CaptionDataset(split, parts.Pixels(processor))[3]
     assert row["image_id"] == split[3]["image_id"]
     assert row["labels"] == split[3]["labels"]
     expected = processor(split[3]["image"], do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]
@@ -109,7 +111,7 @@ def test_length_sampler_gives_every_image_once_with_little_padding_and_repeatabl
     rng = np.random.default_rng(0)
     # As in COCO: five captions of 8 to 16 tokens; some images have one.
     lengths = [int(rng.integers(8, 17, rng.choice([1, 5], p=[0.3, 0.7])).sum()) for _ in range(1003)]
-    sampler = batch.LengthSampler(lengths, 16, seed=1)
+    sampler = batches.LengthSampler(lengths, 16, seed=1)
     orders = []
     for epoch in (0, 1, 0):
         sampler.set_epoch(epoch)
@@ -121,14 +123,14 @@ def test_length_sampler_gives_every_image_once_with_little_padding_and_repeatabl
     assert sampler.window > 1
     sampler.window //= 2
     assert sampler.padding() >= 0.1
-    assert batch.LengthSampler([12] * 100, 16, seed=1).window == 1, "nothing to gain, nothing is sorted"
+    assert batches.LengthSampler([12] * 100, 16, seed=1).window == 1, "nothing to gain, nothing is sorted"
     # Batches do not come in the order of their length.
     firsts = [lengths[i] for i in orders[0][::16]]
     assert firsts != sorted(firsts) and abs(np.corrcoef(firsts, range(len(firsts)))[0, 1]) < 0.5
 
 
 def test_without_sorting_the_order_is_random_and_every_image_comes_once():
-    sampler = batch.LengthSampler(range(1, 101), 10, seed=0, sort=False)
+    sampler = batches.LengthSampler(range(1, 101), 10, seed=0, sort=False)
     assert sampler.window == 1
     order = list(sampler)
     assert sorted(order) == list(range(100)) != order
@@ -137,16 +139,16 @@ def test_without_sorting_the_order_is_random_and_every_image_comes_once():
 
 def test_an_augmented_image_depends_on_seed_epoch_and_image_alone(prepared):
     rows = load_from_disk(str(prepared))["train"].select(range(6))
-    pixels = batch.Pixels(model.load_image_processor(prepared))
-    dataset = batch.CaptionDataset(rows, pixels, augment=True, seed=1)
-    plain = batch.CaptionDataset(rows, pixels)
+    pixels = parts.Pixels(parts.load_image_processor(prepared))
+    dataset = batches.CaptionDataset(rows, pixels, augment=True, seed=1)
+    plain = batches.CaptionDataset(rows, pixels)
     first = [dataset[index]["pixels"] for index in range(6)]
     assert all(np.array_equal(a, plain[index]["pixels"]) for index, a in enumerate(first)), "the first epoch sees all"
     later = {(epoch, index): dataset[6 * epoch + index]["pixels"] for epoch in (1, 2) for index in range(6)}
-    again = batch.CaptionDataset(rows.select([4]), pixels, augment=True, seed=1)
+    again = batches.CaptionDataset(rows.select([4]), pixels, augment=True, seed=1)
     assert np.array_equal(again[2]["pixels"], later[2, 4]), "whatever the other images are"
     assert not np.array_equal(later[1, 4], later[2, 4])
-    assert not np.array_equal(batch.CaptionDataset(rows, pixels, True, 2)[6 * 2 + 4]["pixels"], later[2, 4])
+    assert not np.array_equal(batches.CaptionDataset(rows, pixels, True, 2)[6 * 2 + 4]["pixels"], later[2, 4])
     assert later[1, 0].shape == first[0].shape and later[1, 0].dtype == np.uint8
 
 
@@ -154,13 +156,13 @@ def test_only_images_whose_captions_name_no_side_are_mirrored():
     gradient = Image.fromarray(np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 1, 3)))
 
     def mirrored(may_mirror):
-        variants = [batch.augmented(gradient, np.random.default_rng(seed), may_mirror) for seed in range(40)]
+        variants = [batches.augmented(gradient, np.random.default_rng(seed), may_mirror) for seed in range(40)]
         assert all(variant.size == gradient.size for variant in variants)
         return sum(np.asarray(variant)[:, 0].mean() > np.asarray(variant)[:, -1].mean() for variant in variants)
 
     assert 10 <= mirrored(True) <= 30
     assert mirrored(False) == 0
     for caption in ("A man on the left.", "the RIGHTmost dog", "left-handed"):
-        assert batch.DIRECTIONS.search(caption)
+        assert batches.DIRECTIONS.search(caption)
     for caption in ("a bright light", "cleft", "upright"):
-        assert not batch.DIRECTIONS.search(caption)
+        assert not batches.DIRECTIONS.search(caption)

@@ -4,7 +4,8 @@ import json
 
 import pytest
 
-from captioning import InputError, coco
+from captioning import InputError
+from captioning.data import annotations
 
 
 def write(path, content):
@@ -30,7 +31,7 @@ def coco_folder(root, train, val):
 
 
 def test_coco_gives_one_record_per_image_with_all_captions(tmp_path):
-    pools = coco.read_coco(coco_folder(tmp_path, {7: ["b", "a"], 3: ["c"]}, {9: []}))
+    pools = annotations.read_coco(coco_folder(tmp_path, {7: ["b", "a"], 3: ["c"]}, {9: []}))
     assert [record.image_id for record in pools["train2014"]] == [3, 7]
     assert pools["train2014"][1].captions == ("b", "a")
     assert pools["train2014"][1].path == tmp_path / "train2014" / "COCO_train2014_000000000007.jpg"
@@ -52,7 +53,7 @@ def test_karpathy_counts_restval_as_train_and_honours_filepath(tmp_path):
             ]
         },
     )
-    pools = coco.read_karpathy(file, tmp_path)
+    pools = annotations.read_karpathy(file, tmp_path)
     assert {name: [record.image_id for record in records] for name, records in pools.items()} == {
         "train": [4, 50],
         "validation": [6],
@@ -68,7 +69,7 @@ def test_a_file_name_that_leaves_the_folder_is_refused(tmp_path, name):
     file = tmp_path / "dataset.json"
     write(file, {"images": [{"filename": name, "imgid": 1, "split": "train", "sentences": [{"raw": "x"}]}]})
     with pytest.raises(InputError, match="leaves the image folder"):
-        coco.read_karpathy(file, tmp_path)
+        annotations.read_karpathy(file, tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -91,31 +92,31 @@ def test_malformed_annotations_are_named(tmp_path, content, message):
     coco_folder(tmp_path, {}, {})
     write(tmp_path / "annotations" / "captions_train2014.json", content)
     with pytest.raises(InputError, match=message):
-        coco.read_coco(tmp_path)
+        annotations.read_coco(tmp_path)
 
 
 def test_an_id_in_train_and_val_is_refused(tmp_path):
     with pytest.raises(InputError, match="image id 1 occurs twice"):
-        coco.read_coco(coco_folder(tmp_path, {1: ["a"]}, {1: ["b"]}))
+        annotations.read_coco(coco_folder(tmp_path, {1: ["a"]}, {1: ["b"]}))
 
 
 def test_missing_folder_and_missing_file_are_named(tmp_path):
     with pytest.raises(InputError, match="is not a folder"):
-        coco.read_coco(tmp_path / "nowhere")
+        annotations.read_coco(tmp_path / "nowhere")
     with pytest.raises(InputError, match=r"captions_train2014\.json' does not exist"):
-        coco.read_coco(tmp_path)
+        annotations.read_coco(tmp_path)
 
 
 def test_shared_files_are_read_whole(shared):
-    pools = coco.read_coco(shared / "coco2014")
+    pools = annotations.read_coco(shared / "coco2014")
     assert {part: len(records) for part, records in pools.items()} == {"train2014": 359, "val2014": 1147}
-    pools = coco.read_karpathy(shared / "coco2014" / "dataset_coco.json", shared / "coco2014")
+    pools = annotations.read_karpathy(shared / "coco2014" / "dataset_coco.json", shared / "coco2014")
     assert {split: len(records) for split, records in pools.items()} == {
         "train": 1256,
         "validation": 90,
         "test": 160,
     }
-    pools = coco.read_karpathy(shared / "flickr8k" / "dataset_flickr8k.json", shared / "flickr8k" / "images")
+    pools = annotations.read_karpathy(shared / "flickr8k" / "dataset_flickr8k.json", shared / "flickr8k" / "images")
     assert {split: len(records) for split, records in pools.items()} == {
         "train": 5999,
         "validation": 1000,

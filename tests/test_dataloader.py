@@ -16,8 +16,9 @@ from PIL import Image
 from test_coco import coco_folder, write
 
 import dataloader
-from captioning import InputError, report
-from captioning.model import load_tokenizer
+from captioning import InputError
+from captioning.model.parts import load_tokenizer
+from captioning.show import report
 
 
 def photographs(folder, names, mode="RGB", size=(96, 80)):
@@ -301,9 +302,9 @@ def test_coco_is_fetched_image_by_image_and_kept_for_later_runs(coco_dir, tmp_pa
 
 def test_two_thousand_real_images_take_under_60_mb(shared, tmp_path):
     """Measured on the full-size photographs, the largest ones; most of the shared images came smaller."""
-    from captioning import coco
+    from captioning.data import annotations
 
-    pools = coco.read_coco(shared / "coco2014")
+    pools = annotations.read_coco(shared / "coco2014")
     sizes = []
     for record in pools["train2014"] + pools["val2014"]:
         with Image.open(record.path) as image:

@@ -38,7 +38,8 @@ from httpserver import (
 from test_coco import write
 
 import dataloader
-from captioning import InputError, coco, download, images, sample
+from captioning import InputError
+from captioning.data import annotations, download, images, scenes
 
 ZIP = f"/{download.ANNOTATIONS_ZIP}"
 PARTS = {"train2014": range(1, 61), "val2014": range(101, 121)}
@@ -59,7 +60,7 @@ def original(tmp_path_factory):
         (root / part).mkdir()
         content = {"images": [], "annotations": []}
         for image_id in ids:
-            scene, captions, _ = sample.draw_scene(rng)
+            scene, captions, _ = scenes.draw_scene(rng)
             name = f"COCO_{part}_{image_id:012d}.jpg"
             (root / part / name).write_bytes(encoded(scene.convert("L") if image_id in GREY else scene))
             content["images"].append({"id": image_id, "file_name": name, "width": 128, "height": 128})
@@ -152,14 +153,14 @@ def image_route(image_id):
 def records(original, server, cache, ids):
     for name in download.ANNOTATIONS:
         write(cache / name, (original / name).read_text())
-    pools = coco.read_coco(cache, server.url(""))
+    pools = annotations.read_coco(cache, server.url(""))
     return [record for part in pools.values() for record in part if record.image_id in ids]
 
 
 # One image misbehaves, the others arrive
 
-PICTURE = encoded(sample.draw_scene(random.Random(5))[0])
-OTHER_SIZE = encoded(sample.draw_scene(random.Random(5))[0].resize((64, 64)))
+PICTURE = encoded(scenes.draw_scene(random.Random(5))[0])
+OTHER_SIZE = encoded(scenes.draw_scene(random.Random(5))[0].resize((64, 64)))
 PAGE = b"<!DOCTYPE html><html><body>Log in to use this network</body></html>"
 
 
@@ -615,7 +616,7 @@ def test_a_file_name_cannot_ask_another_server_or_another_file(tmp_path):
     for part in PARTS:
         image = {"id": len(part), "file_name": name}
         write(tmp_path / f"annotations/captions_{part}.json", {"images": [image], "annotations": []})
-    (record,) = coco.read_coco(tmp_path, "http://host")["val2014"]
+    (record,) = annotations.read_coco(tmp_path, "http://host")["val2014"]
     assert record.url == "http://host/val2014/x.jpg%3Fto%3D//evil%40host/%23a%20b"
 
 
@@ -623,7 +624,7 @@ def test_a_file_name_cannot_ask_another_server_or_another_file(tmp_path):
 
 
 def command(server, folder, *arguments):
-    waits = "from captioning import download as d; d.FIRST_WAIT, d.BLOCK = 0.01, 1 << 12\n"
+    waits = "from captioning.data import download as d; d.FIRST_WAIT, d.BLOCK = 0.01, 1 << 12\n"
     code = f"import dataloader; from captioning import cli\n{waits}cli.run(dataloader.main)"
     options = ["--limit_data=30", "--encoder=tiny", "--decoder=tiny", "--num_proc=1"]
     return [

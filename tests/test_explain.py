@@ -14,30 +14,32 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from captioning import InputError, batch, explain, images, model
+from captioning import InputError
+from captioning.data import images
+from captioning.model import captioner, explain, generate, parts
 
 TEXTS = ["a dog runs on the grass", "two cats, a dog and a \N{DOG FACE}!", "don't stop"]
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return model.train_tokenizer(TEXTS * 3, 300)
+    return parts.train_tokenizer(TEXTS * 3, 300)
 
 
 def make_bundle(tokenizer, encoder="tiny", decoder="tiny"):
     torch.manual_seed(0)
-    net = model.build(encoder, decoder, tokenizer).eval()
+    net = captioner.build(encoder, decoder, tokenizer).eval()
     net.generation_config.update(max_new_tokens=12, min_new_tokens=4)
     # Nor shall they write captions that cannot be seen.
-    blank = [token for token in range(len(tokenizer)) if not model.decode(tokenizer, [[token]])[0].isprintable()]
-    blank += [token for token in range(len(tokenizer)) if not model.decode(tokenizer, [[token]])[0]]
+    blank = [token for token in range(len(tokenizer)) if not generate.decode(tokenizer, [[token]])[0].isprintable()]
+    blank += [token for token in range(len(tokenizer)) if not generate.decode(tokenizer, [[token]])[0]]
     net.generation_config.suppress_tokens = [token for token in blank if token != tokenizer.eos_token_id]
     with torch.no_grad():  # random weights attend evenly: make them prefer something
         for name, parameter in net.named_parameters():
             if "crossattention" in name or "lm_head" in name or "wte" in name:
                 parameter.mul_(6)
-    processor = model.load_image_processor(encoder)
-    return model.Bundle(net, tokenizer, processor)
+    processor = parts.load_image_processor(encoder)
+    return captioner.Bundle(net, tokenizer, processor)
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def picture(width=90, height=60):
 
 
 def pixel_values(bundle, *pictures):
-    pixels = batch.Pixels(bundle.image_processor)
+    pixels = parts.Pixels(bundle.image_processor)
     return pixels.normalise(torch.from_numpy(np.stack([pixels(one) for one in pictures])))
 
 
@@ -62,7 +64,7 @@ def test_the_first_caption_is_the_one_that_is_generated(bundle):
     values = pixel_values(bundle, picture(), picture(60, 90).rotate(90))
     found = explain.best_captions(bundle, values)
     assert [[caption.text for caption in captions] for captions in found] == [
-        [text] for text in model.generate(bundle, values)
+        [text] for text in generate.generate(bundle, values)
     ]
 
 
@@ -72,7 +74,7 @@ def test_scores_are_those_of_beam_search(bundle):
         pixel_values=values, num_beams=5, num_return_sequences=5, return_dict_in_generate=True, output_scores=True
     )
     found = explain.best_captions(bundle, values, 5)
-    texts = model.decode(bundle.tokenizer, stock.sequences)
+    texts = generate.decode(bundle.tokenizer, stock.sequences)
     for image, captions in enumerate(found):
         expected: dict[str, float] = {}
         for text, score in zip(texts[5 * image : 5 * image + 5], stock.sequences_scores[5 * image :], strict=False):
@@ -120,7 +122,7 @@ def test_every_kind_of_encoder_is_explained(kind, tokenizer, tmp_path):
     ViTImageProcessorPil(size={"height": SIDE, "width": SIDE}).save_pretrained(tmp_path)
     bundle = make_bundle(tokenizer, str(tmp_path))
     explanation = explain.explain(bundle, picture(), alternatives=2)
-    assert explanation.caption.text == model.generate(bundle, pixel_values(bundle, picture()))[0]
+    assert explanation.caption.text == generate.generate(bundle, pixel_values(bundle, picture()))[0]
     assert " ".join(word.text for word in explanation.words) == explanation.caption.text
     assert explanation.alternatives[0] is explanation.caption
     assert explanation.words
@@ -237,7 +239,7 @@ def test_the_region_is_what_the_image_processor_leaves(processor, size):
     left, top, right, bottom = explain.seen_region(processor, *size)
     box = (left * size[0], top * size[1], right * size[0], bottom * size[1])
     ours = np.asarray(image.resize((64, 64), Image.Resampling.BICUBIC, box=box), dtype=float)
-    theirs = batch.Pixels(processor)(image).transpose(1, 2, 0).astype(float)
+    theirs = parts.Pixels(processor)(image).transpose(1, 2, 0).astype(float)
     assert np.abs(ours - theirs).mean() < 2.5
 
 
@@ -249,7 +251,7 @@ def test_the_region_is_what_the_image_processor_leaves(processor, size):
 def test_words_read_as_the_caption_and_no_token_is_in_two(tokens):
     tokenizer = _tokenizer()
     words = explain.words_of(tokenizer, tokens)
-    assert " ".join(text for text, _ in words) == model.decode(tokenizer, [tokens])[0]
+    assert " ".join(text for text, _ in words) == generate.decode(tokenizer, [tokens])[0]
     used = [position for _, positions in words for position in positions]
     assert used == sorted(set(used)) and set(used) <= set(range(len(tokens)))
     assert all(positions for _, positions in words)
@@ -257,7 +259,7 @@ def test_words_read_as_the_caption_and_no_token_is_in_two(tokens):
 
 def _tokenizer(made=[]):  # noqa: B006 (a cache: hypothesis and fixtures of other scopes do not go together)
     if not made:
-        made.append(model.train_tokenizer(TEXTS * 3, 300))
+        made.append(parts.train_tokenizer(TEXTS * 3, 300))
     return made[0]
 
 
@@ -266,7 +268,7 @@ def test_words_not_pieces(tokenizer):
     tokens = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
     words = explain.words_of(tokenizer, tokens)
     assert [word for word, _ in words] == text.split()
-    pieces = {word: model.decode(tokenizer, [[tokens[i] for i in positions]])[0] for word, positions in words}
+    pieces = {word: generate.decode(tokenizer, [[tokens[i] for i in positions]])[0] for word, positions in words}
     assert pieces["zebra"] == "zebra" and len(words[1][1]) > 1
     assert pieces["don't"] == "don't"  # punctuation inside a word belongs to it
     assert pieces["run,"] == "run"  # and at its end it does not

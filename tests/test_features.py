@@ -7,16 +7,20 @@ from datasets import load_from_disk
 from safetensors.torch import load_file
 
 import train
-from captioning import InputError, batch, features, model
+from captioning import InputError
+from captioning.model import captioner, packing, parts
+from captioning.training import batches, features
 
 
 @pytest.fixture
 def bundle_and_data(prepared):
-    tokenizer = model.load_tokenizer(prepared)
+    tokenizer = parts.load_tokenizer(prepared)
     torch.manual_seed(0)
-    bundle = model.Bundle(model.build("tiny", "tiny", tokenizer), tokenizer, model.load_image_processor(prepared))
+    bundle = captioner.Bundle(
+        captioner.build("tiny", "tiny", tokenizer), tokenizer, parts.load_image_processor(prepared)
+    )
     rows = load_from_disk(str(prepared))["validation"].select(range(21))
-    return bundle, batch.CaptionDataset(rows, batch.Pixels(bundle.image_processor))
+    return bundle, batches.CaptionDataset(rows, parts.Pixels(bundle.image_processor))
 
 
 def compute(bundle, dataset, folder, said=None):
@@ -42,12 +46,12 @@ def test_cached_features_are_the_live_ones_in_float16(bundle_and_data, tmp_path)
 
 def test_loss_with_cached_features_equals_the_live_loss(bundle_and_data, tmp_path):
     bundle, dataset = bundle_and_data
-    collate = batch.Collator(bundle.model.config.decoder_start_token_id, 0)
+    collate = batches.Collator(bundle.model.config.decoder_start_token_id, 0)
     losses = []
     for cached in (None, compute(bundle, dataset, tmp_path)):
         dataset.features = () if cached is None else [cached]
         inputs = collate([dataset[index] for index in range(6)])
-        mask = batch.packed_attention_mask(inputs["segment_ids"])
+        mask = packing.packed_attention_mask(inputs["segment_ids"])
         if cached is None:
             images = {"pixel_values": dataset.pixels.normalise(inputs["pixel_values"])}
         else:
@@ -79,7 +83,7 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(bundle_and_data, tm
     bundle, dataset = bundle_and_data
     undisturbed = np.array(compute(bundle, dataset, tmp_path / "undisturbed"))
     monkeypatch.setattr(features, "SAVE_EVERY", 1)
-    decode, seen = batch.CaptionDataset.image, []
+    decode, seen = batches.CaptionDataset.image, []
 
     def interrupted(self, index, variant=0):
         seen.append(index)
@@ -87,13 +91,15 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(bundle_and_data, tm
             raise KeyboardInterrupt
         return decode(self, index, variant)
 
-    monkeypatch.setattr(batch.CaptionDataset, "image", interrupted)
+    monkeypatch.setattr(batches.CaptionDataset, "image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compute(bundle, dataset, tmp_path / "resumed")
     assert not list((tmp_path / "resumed").glob("*.npy"))
     seen.clear()
     monkeypatch.setattr(
-        batch.CaptionDataset, "image", lambda self, index, variant=0: seen.append(index) or decode(self, index, variant)
+        batches.CaptionDataset,
+        "image",
+        lambda self, index, variant=0: seen.append(index) or decode(self, index, variant),
     )
     resumed = compute(bundle, dataset, tmp_path / "resumed")
     assert np.array_equal(resumed, undisturbed)
@@ -138,7 +144,7 @@ def test_caching_a_moving_encoder_is_refused(prepared, tmp_path, capsys):
 def test_variants_are_cached_apart_and_taken_in_turn(bundle_and_data, prepared, tmp_path):
     bundle, plain = bundle_and_data
     rows = load_from_disk(str(prepared))["validation"].select(range(21))
-    dataset = batch.CaptionDataset(rows, plain.pixels, augment=True, seed=3)
+    dataset = batches.CaptionDataset(rows, plain.pixels, augment=True, seed=3)
     cached = [
         features.cached_features(bundle, dataset, tmp_path, "validation", 4, lambda _: None, variant)
         for variant in range(3)
@@ -151,6 +157,6 @@ def test_variants_are_cached_apart_and_taken_in_turn(bundle_and_data, prepared, 
     live = plain.pixels.normalise(torch.from_numpy(dataset.image(8, 2))[None])
     live = bundle.model.encoder.eval()(pixel_values=live).last_hidden_state[0].detach().numpy()
     np.testing.assert_allclose(cached[2][8].astype(np.float32), live, atol=4e-3)
-    other = batch.CaptionDataset(rows, plain.pixels, augment=True, seed=4)
+    other = batches.CaptionDataset(rows, plain.pixels, augment=True, seed=4)
     names = {features.fingerprint(bundle, d, v) for d in (dataset, other) for v in (0, 1, 2)}
     assert len(names) == 5, "variant 0 does not depend on the seed"

@@ -10,7 +10,8 @@ import torch
 from transformers import GPT2Config, GPT2LMHeadModel, VisionEncoderDecoderModel, ViTConfig, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-from captioning import InputError, model
+from captioning import InputError
+from captioning.model import captioner, parts
 
 SIDE = 32
 SIZES = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 32}
@@ -29,7 +30,7 @@ class Payload:
 @pytest.fixture
 def folder(tmp_path):
     """A whole captioner, which `load`, `build` and `load_tokenizer` take."""
-    tokenizer = model.train_tokenizer(["a dog runs"] * 3, 300)
+    tokenizer = parts.train_tokenizer(["a dog runs"] * 3, 300)
     encoder = ViTModel(ViTConfig(image_size=SIDE, patch_size=8, **SIZES))
     decoder = GPT2LMHeadModel(
         GPT2Config(
@@ -44,7 +45,7 @@ def folder(tmp_path):
     )
     captioner = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
     image_processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    model.save(model.Bundle(captioner, tokenizer, image_processor), tmp_path / "captioner")
+    captioner.save(captioner.Bundle(captioner, tokenizer, image_processor), tmp_path / "captioner")
     encoder.save_pretrained(tmp_path / "encoder")
     decoder.save_pretrained(tmp_path / "decoder")
     for part in ("encoder", "decoder"):
@@ -55,13 +56,13 @@ def folder(tmp_path):
 
 def open_everything(folder: Path) -> list[str]:
     """What the three scripts open, one after the other; the refusals."""
-    tokenizer = model.train_tokenizer(["a dog runs"] * 3, 300)
+    tokenizer = parts.train_tokenizer(["a dog runs"] * 3, 300)
     calls = [
-        lambda: model.load(folder / "captioner"),
-        lambda: model.build(str(folder / "encoder"), "tiny", tokenizer),
-        lambda: model.build("tiny", str(folder / "decoder"), tokenizer),
-        lambda: model.load_tokenizer(folder / "decoder"),
-        lambda: model.load_image_processor(folder / "encoder"),
+        lambda: captioner.load(folder / "captioner"),
+        lambda: captioner.build(str(folder / "encoder"), "tiny", tokenizer),
+        lambda: captioner.build("tiny", str(folder / "decoder"), tokenizer),
+        lambda: parts.load_tokenizer(folder / "decoder"),
+        lambda: parts.load_image_processor(folder / "encoder"),
     ]
     refusals = []
     for call in calls:
@@ -73,7 +74,7 @@ def open_everything(folder: Path) -> list[str]:
     return refusals
 
 
-def parts(folder: Path):
+def three_folders(folder: Path):
     return [folder / name for name in ("captioner", "encoder", "decoder")]
 
 
@@ -86,7 +87,7 @@ def test_the_folders_are_taken_as_they_are(folder):
 )
 def test_pickled_weights_do_not_run(name, how, folder):
     mark = folder / "it ran"
-    for part in parts(folder):
+    for part in three_folders(folder):
         (part / "model.safetensors").unlink()
         if how == "torch":
             torch.save({"weight": Payload(mark)}, part / name)
@@ -103,7 +104,7 @@ def test_pickled_weights_do_not_run(name, how, folder):
 
 def test_pickles_beside_safe_weights_are_left_alone(folder):
     mark = folder / "it ran"
-    for part in parts(folder):
+    for part in three_folders(folder):
         for name in ("pytorch_model.bin", "training_args.bin", "optimizer.pt", "tokenizer.pkl", "scheduler.pt"):
             (part / name).write_bytes(pickle.dumps(Payload(mark)))
     assert open_everything(folder) == [""] * 5
@@ -129,7 +130,7 @@ def plant_code(part: Path, mark: Path) -> None:
 def test_code_beside_a_model_does_not_run(file, entry, refused, known, folder, monkeypatch):
     mark = folder / "it ran"
     monkeypatch.setenv("HF_MODULES_CACHE", str(folder / "modules"))
-    for part in parts(folder):
+    for part in three_folders(folder):
         plant_code(part, mark)
         content = json.loads((part / file).read_text()) | {"auto_map": entry}
         if not known:

@@ -35,8 +35,9 @@ from httpserver import (
 )
 from PIL import Image, ImageChops, ImageDraw, ImageFile, ImageStat
 
-from captioning import InputError, images
-from captioning.images import decode, image_mode, open_image, read_bytes, to_rgb
+from captioning import InputError
+from captioning.data import images
+from captioning.data.images import decode, image_mode, open_image, read_bytes, to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -768,7 +769,7 @@ def test_the_server_helper_answers_in_turn(server):
 
 
 def test_importing_is_light():
-    code = "import sys, captioning.images; print(*sorted(sys.modules))"
+    code = "import sys, captioning.data.images; print(*sorted(sys.modules))"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
     assert not {"requests", "numpy", "torch", "urllib3"} & set(output.stdout.split())
 
@@ -939,7 +940,7 @@ def test_the_largest_images_stay_within_bounds(name, tmp_path):
     path = tmp_path / "large"
     path.write_bytes(largest(name))
     assert path.stat().st_size <= images.MAX_BYTES
-    result = measured(f"open_image({str(path)!r})", module="captioning.images")
+    result = measured(f"open_image({str(path)!r})", module="captioning.data.images")
     print(name, path.stat().st_size, result)
     assert result["seconds"] < 10  # twice the aim, for a machine that is shared
     assert result["megabytes"] < 500

@@ -15,7 +15,7 @@ from PIL import Image
 
 import inference
 from captioning import InputError
-from captioning.metrics import coco_scores
+from captioning.scores.metrics import coco_scores
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def test_several_images_of_any_mode_print_path_and_caption(run, pictures):
 
 
 def test_a_turned_image_is_captioned_upright_and_a_gif_by_its_first_frame(pictures):
-    from captioning import images
+    from captioning.data import images
 
     with Image.open(pictures / "turned.jpg") as turned:
         assert images.open_image(pictures / "turned.jpg").size == turned.size[::-1]

@@ -1,4 +1,4 @@
-"""captioning.metrics against the official evaluation's scores, rouge_score, and what must always hold."""
+"""captioning.scores.metrics against the official evaluation's scores, rouge_score, and what must always hold."""
 
 import importlib.util
 import json
@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning import InputError, metrics
-from captioning.metrics import COCO_KEYS, ROUGE_KEYS, coco_scores
+from captioning import InputError
+from captioning.scores import metrics
+from captioning.scores.metrics import COCO_KEYS, ROUGE_KEYS, coco_scores
+from captioning.scores.reward import CiderReward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "golden"))
 
@@ -79,7 +81,7 @@ def test_bleu_is_nltks_on_the_same_tokens():
     """An independent implementation, on captions long enough that the official code's tiny constants do not show."""
     from nltk.translate.bleu_score import corpus_bleu
 
-    from captioning.ptb import tokenize
+    from captioning.scores.ptb import tokenize
 
     predictions = ["a brown dog runs over the wet grass", "two people sit at a long table with food", "an old red bus"]
     references = [
@@ -178,7 +180,7 @@ def test_bad_input(predictions, references, message):
 def test_evaluate_metric(monkeypatch, tmp_path):
     """The same numbers through `evaluate`, at once and in batches, with no network."""
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    from captioning.metrics import CocoCaptionMetric
+    from captioning.scores.metrics import CocoCaptionMetric
 
     expected = coco_scores(by_id(TEN["predictions"]), by_id(TEN["references"]))
     metric = CocoCaptionMetric(cache_dir=str(tmp_path))
@@ -203,8 +205,8 @@ def test_the_reward_is_cider_d_with_the_document_frequencies_of_all_training_ima
         3: ["A man rides a horse.", "A man on a brown horse."],
     }
     candidates = {1: "a dog is running", 2: "two cats on a sofa", 3: "a brown horse"}
-    monkeypatch.setattr(metrics, "END", "")
-    reward = metrics.CiderReward(references)
+    monkeypatch.setattr("captioning.scores.reward.END", "")
+    reward = CiderReward(references)
     _, official = metrics.coco_scores(candidates, references, per_image=True)
     together = reward(list(candidates), list(candidates.values()), [True] * 3)
     assert together == pytest.approx([official[i]["cider_d"] for i in candidates], abs=1e-12)
@@ -216,7 +218,7 @@ def test_the_reward_is_cider_d_with_the_document_frequencies_of_all_training_ima
 
 def test_a_caption_that_stops_in_mid_sentence_earns_less():
     references = {1: ["a man with a hat"], 2: ["a dog on a sofa"], 3: ["a cat"]}
-    reward = metrics.CiderReward(references)
+    reward = CiderReward(references)
     whole, cut, unfinished = reward(
         [1] * 3, ["a man with a hat", "a man with a", "a man with a hat"], [True, True, False]
     )

@@ -1,4 +1,4 @@
-"""captioning.ptb against the tokens that the official tokenizer gave, and its automaton against `re`."""
+"""captioning.scores.ptb against the tokens that the official tokenizer gave, and its automaton against `re`."""
 
 import json
 import os
@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from captioning import ptb
+from captioning.scores import ptb
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "golden"))
 

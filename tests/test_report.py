@@ -12,8 +12,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.text import Text
 from PIL import Image
 
-from captioning import report
 from captioning.files import replacing
+from captioning.show import report
 
 WORDS = "a small brown dog with a red ball runs across the wet grass of a park while two children watch it"
 

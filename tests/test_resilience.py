@@ -22,8 +22,9 @@ from safetensors.torch import load_file
 from test_training import Rows, make_trainer, tokenizer  # noqa: F401 (a fixture)
 
 import train
-from captioning import InputError, resilience
+from captioning import InputError
 from captioning.files import only_process
+from captioning.training import resilience
 
 UPDATES = 9  # of three epochs
 KILLS = 10
@@ -75,7 +76,7 @@ def killed_at(file: str, step: int):
     """Die in the middle of writing a file of the checkpoint of a step."""
     from transformers import TrainerState
 
-    from captioning.trainer import CaptionTrainer
+    from captioning.training.trainer import CaptionTrainer
 
     def half(write, path_of):
         def written(self_or_content, *rest, **named):
@@ -96,7 +97,7 @@ def killed_at(file: str, step: int):
 
 def signalled(where: str, step: int, *numbers: int):
     """Send itself signals while it is in a method of the trainer, after so many updates."""
-    from captioning.trainer import CaptionTrainer
+    from captioning.training.trainer import CaptionTrainer
 
     method = getattr(CaptionTrainer, where)
     left = list(numbers)
@@ -112,8 +113,8 @@ def signalled(where: str, step: int, *numbers: int):
 
 def no_room(size: int, step: int | None):
     """Files can grow to so many bytes, from the checkpoint of a step on; None: from the end of training on."""
-    from captioning import model
-    from captioning.trainer import CaptionTrainer
+    from captioning.model import captioner
+    from captioning.training.trainer import CaptionTrainer
 
     def limited(write, *args, **kwargs):
         if step is None or args[0].state.global_step == step:
@@ -121,7 +122,7 @@ def no_room(size: int, step: int | None):
         return write(*args, **kwargs)
 
     if step is None:
-        model.save = functools.partial(limited, model.save)
+        captioner.save = functools.partial(limited, captioner.save)
     else:
         CaptionTrainer._save_checkpoint = functools.partialmethod(
             lambda self, write, *args: limited(write, self, *args), CaptionTrainer._save_checkpoint
@@ -216,7 +217,7 @@ def test_a_run_stopped_by_signals_ends_as_an_undisturbed_one(few, undisturbed, t
 
 def group_signalled(number: int):
     """As a terminal does on Ctrl-C, or a launcher: the signal goes to the data workers too."""
-    from captioning.trainer import CaptionTrainer
+    from captioning.training.trainer import CaptionTrainer
 
     os.setpgrp()  # not to reach the tests themselves
     method = CaptionTrainer.training_step
@@ -487,7 +488,7 @@ def test_out_of_memory_says_what_to_change(tokenizer, tmp_path, monkeypatch, err
 
 def little_memory(attribute: str):
     """The process gets 200 MB more than it has by then."""
-    from captioning.trainer import CaptionTrainer
+    from captioning.training.trainer import CaptionTrainer
 
     method = getattr(CaptionTrainer, attribute)
 
@@ -533,9 +534,9 @@ def test_errors_of_another_kind_pass(tokenizer, tmp_path):  # noqa: F811
 
 def without_dropout():
     """Each process draws its own dropout, which would hide whether all else is the same."""
-    from captioning import model
+    from captioning.model import captioner
 
-    build = model.build
+    build = captioner.build
 
     def built(*args):
         net = build(*args)
@@ -544,7 +545,7 @@ def without_dropout():
                 module.p = 0.0
         return net
 
-    model.build = built
+    captioner.build = built
 
 
 def test_one_two_and_three_processes_train_to_the_same_weights_and_scores(few, tmp_path):
@@ -577,12 +578,12 @@ def last_one(ends: str):
     if ends == "killed":
         signalled("training_step", 1, signal.SIGKILL)
         return
-    from captioning import batch
+    from captioning.training import batches
 
     def decode(*args):
         raise InputError("image 7 of the prepared data cannot be read")
 
-    batch.CaptionDataset._decode = decode
+    batches.CaptionDataset._decode = decode
 
 
 @pytest.mark.parametrize(("ends", "code"), [("killed", -signal.SIGKILL), ("with an error", 2)])

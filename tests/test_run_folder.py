@@ -18,7 +18,7 @@ from datasets import load_from_disk
 from huggingface_hub import ModelCard
 from PIL import Image
 
-from captioning import html_report, run_folder
+from captioning.show import html_report, run_folder
 
 VOID = {"meta", "img", "br", "link", "hr", "input"}
 
@@ -124,7 +124,7 @@ def test_the_report_shows_scores_settings_and_captions(trained, run):
 
 
 def test_best_and_worst_are_those_by_cider(trained, prepared, run):
-    from captioning.metrics import coco_scores
+    from captioning.scores.metrics import coco_scores
 
     results, history, rows, _ = run
     # Captions by people for half of the images, and one word for the rest.

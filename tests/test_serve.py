@@ -16,12 +16,16 @@ from conftest import ROOT, hears_ctrl_c, script
 from httpserver import Server, body, status
 from PIL import Image
 
-from captioning import InputError, explain, images, model, serve
+from captioning import InputError
+from captioning.data import images
+from captioning.model import explain
+from captioning.model.captioner import load
+from captioning.show import serve
 
 
 @pytest.fixture(scope="module")
 def bundle(trained):
-    return model.load(trained)
+    return load(trained)
 
 
 @pytest.fixture(scope="module")

@@ -18,10 +18,16 @@ from safetensors.torch import load_file
 from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
 
 import train
-from captioning import InputError, batch, model
-from captioning import trainer as trainer_module
-from captioning.metrics import CiderReward
-from captioning.trainer import CaptionTrainer, SelfCritical, can_pack, caption_loss, part_of
+from captioning import InputError
+from captioning.data import folder
+from captioning.model import captioner, parts
+from captioning.model.captioner import part_of
+from captioning.model.packing import can_pack
+from captioning.scores.reward import CiderReward
+from captioning.training import batches, self_critical
+from captioning.training import trainer as trainer_module
+from captioning.training.self_critical import SelfCritical
+from captioning.training.trainer import CaptionTrainer, caption_loss
 
 WORDS = ["red", "green", "blue", "small", "large", "dog", "cat", "tree", "car", "runs", "on", "under", "the", "a"]
 
@@ -40,7 +46,7 @@ class Rows(torch.utils.data.Dataset):
             {
                 "image_id": image_id,
                 "pixels": rng.integers(0, 256, (3, 64, 64), dtype=np.uint8),
-                "labels": batch.encode_captions(tokenizer, captions, 20)[0],
+                "labels": folder.encode_captions(tokenizer, captions, 20)[0],
             }
             for image_id, captions in self.captions.items()
         ]
@@ -57,7 +63,7 @@ class Rows(torch.utils.data.Dataset):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return model.train_tokenizer([" ".join(WORDS)] * 3, 400)
+    return parts.train_tokenizer([" ".join(WORDS)] * 3, 400)
 
 
 def make_trainer(
@@ -72,7 +78,7 @@ def make_trainer(
     **settings,
 ):
     set_seed(0)
-    net = model.build("tiny", "tiny", tokenizer)
+    net = captioner.build("tiny", "tiny", tokenizer)
     net.set_attn_implementation(attention)
     for module in net.modules():
         if isinstance(module, torch.nn.Dropout):
@@ -87,8 +93,8 @@ def make_trainer(
         "save_strategy": "no",
         "weight_decay": 0.0,
     }
-    bundle = model.Bundle(net, tokenizer, model.load_image_processor("tiny"))
-    collator = batch.Collator(tokenizer.bos_token_id, tokenizer.pad_token_id, packed)
+    bundle = captioner.Bundle(net, tokenizer, parts.load_image_processor("tiny"))
+    collator = batches.Collator(tokenizer.bos_token_id, tokenizer.pad_token_id, packed)
     return CaptionTrainer(
         bundle,
         rows.captions,
@@ -208,7 +214,7 @@ def test_packed_training_equals_unpacked_training(tokenizer, tmp_path, settings)
 
 
 def test_a_decoder_that_cannot_pack_is_noticed(tokenizer, tmp_path, monkeypatch):
-    net = model.build("tiny", "tiny", tokenizer)
+    net = captioner.build("tiny", "tiny", tokenizer)
     assert can_pack(net)
     net.set_attn_implementation("eager")
     assert can_pack(net)
@@ -325,7 +331,7 @@ def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp
     trainer = make_trainer(tokenizer, rows, tmp_path, dropout=0.3, self_critical=SelfCritical(1, reward, samples=4))
     trainer.state.max_steps = 1
     drawn = []
-    sample = trainer_module.sample_captions
+    sample = self_critical.sample_captions
     monkeypatch.setattr(trainer_module, "sample_captions", lambda *args: drawn.extend(sample(*args)) or drawn)
     loss, gradients = loss_and_gradients(trainer, rows.rows, num_items=100)
 
@@ -354,7 +360,7 @@ def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp
 def test_packed_sampling_draws_from_the_model_s_own_distribution(tokenizer, monkeypatch, attention):
     """With the likeliest token drawn at each step, packed sampling is greedy generation."""
     set_seed(3)
-    net = model.build("tiny", "tiny", tokenizer).eval()
+    net = captioner.build("tiny", "tiny", tokenizer).eval()
     net.set_attn_implementation(attention)
     pixels = torch.randn(4, 3, 64, 64)
     greedy = net.generate(pixel_values=pixels, num_beams=1, max_new_tokens=9)[:, 1:].tolist()
@@ -370,7 +376,7 @@ def test_packed_sampling_draws_from_the_model_s_own_distribution(tokenizer, monk
         return probabilities.topk(2).indices.gather(2, ranks[..., None])[..., 0]
 
     monkeypatch.setattr(trainer_module, "draw", likeliest)
-    drawn = trainer_module.sample_captions(net, features, 3, 9)
+    drawn = self_critical.sample_captions(net, features, 3, 9)
     assert [captions[0] for captions in drawn] == [captions[2] for captions in drawn] == greedy
     assert all(captions[1] != captions[0] for captions in drawn)
     for probabilities in asked:
@@ -380,7 +386,7 @@ def test_packed_sampling_draws_from_the_model_s_own_distribution(tokenizer, monk
 def test_tokens_are_drawn_as_often_as_they_are_likely():
     torch.manual_seed(0)
     likely = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0], [1.0, 0, 0, 0, 0, 0], [0, 0, 0, 0, 0, 1.0]])
-    drawn = trainer_module.draw(likely.expand(20_000, 3, 6))
+    drawn = self_critical.draw(likely.expand(20_000, 3, 6))
     often = torch.nn.functional.one_hot(drawn, 6).float().mean(0)
     torch.testing.assert_close(often, likely, atol=0.015, rtol=0)
     assert not often[likely == 0].any()
@@ -574,7 +580,7 @@ def test_a_caption_longer_than_the_decoder_is_refused_before_training(tmp_path):
     for part, ids in (("train2014", range(1, 6)), ("val2014", range(101, 104))):
         photographs(root / part, [f"COCO_{part}_{i:012d}.jpg" for i in ids])
     (tmp_path / "decoder").mkdir()
-    model.train_tokenizer(["a"], 300).save_pretrained(tmp_path / "decoder")
+    parts.train_tokenizer(["a"], 300).save_pretrained(tmp_path / "decoder")
     dataloader.main(
         [
             f"--coco_dir={root}",
@@ -595,19 +601,20 @@ def test_two_processes_score_every_image_once_and_as_one_process_does(trained, p
         "import sys, json, torch\n"
         "from datasets import load_from_disk\n"
         "from transformers import Seq2SeqTrainingArguments\n"
-        "from captioning import batch, model\n"
-        "from captioning.trainer import CaptionTrainer\n"
+        "from captioning.model import captioner, parts\n"
+        "from captioning.training import batches\n"
+        "from captioning.training.trainer import CaptionTrainer\n"
         "prepared, trained, output = sys.argv[1:]\n"
         "torch.set_num_threads(1)\n"
-        "bundle = model.load(trained)\n"
+        "bundle = captioner.load(trained)\n"
         "rows = load_from_disk(prepared)['validation'].select(range(79))\n"
         "references = dict(zip(rows['image_id'], rows['captions']))\n"
         "args = Seq2SeqTrainingArguments(output_dir=output, report_to='none', remove_unused_columns=False,\n"
         "    use_cpu=True, predict_with_generate=True, per_device_eval_batch_size=10, disable_tqdm=True)\n"
         "net = bundle.model\n"
         "trainer = CaptionTrainer(bundle, references, {}, args=args,\n"
-        "    data_collator=batch.Collator(net.config.decoder_start_token_id, bundle.tokenizer.pad_token_id))\n"
-        "metrics = trainer.evaluate(batch.CaptionDataset(rows, batch.Pixels(bundle.image_processor)))\n"
+        "    data_collator=batches.Collator(net.config.decoder_start_token_id, bundle.tokenizer.pad_token_id))\n"
+        "metrics = trainer.evaluate(batches.CaptionDataset(rows, parts.Pixels(bundle.image_processor)))\n"
         "assert set(trainer.predictions) == set(references), 'every image exactly once'\n"
         "if trainer.is_world_process_zero():\n"
         "    scores = {k: v for k, v in metrics.items() if 'second' not in k and 'time' not in k}\n"
@@ -707,7 +714,7 @@ def test_what_cannot_work_is_one_sentence(prepared, tmp_path, more, message, cap
 
 
 def test_a_decoder_with_another_tokenizer_is_refused(prepared, tmp_path):
-    other = model.train_tokenizer(["entirely different words"] * 3, 300)
+    other = parts.train_tokenizer(["entirely different words"] * 3, 300)
     other.save_pretrained(tmp_path / "decoder")
     with pytest.raises(InputError, match="has another tokenizer"):
         train.main(arguments(prepared, tmp_path / "run", f"--decoder={tmp_path / 'decoder'}"))
@@ -736,11 +743,11 @@ def test_self_critical_training_is_refused_where_captions_cannot_be_packed(few, 
 
 
 def test_dropout_is_the_decoders_and_is_saved_with_it(tokenizer, tmp_path):
-    net = model.build("tiny", "tiny", tokenizer)
-    model.set_dropout(net, 0.3)
+    net = captioner.build("tiny", "tiny", tokenizer)
+    captioner.set_dropout(net, 0.3)
     net.save_pretrained(tmp_path)
-    for captioner in (net, type(net).from_pretrained(tmp_path)):
-        rates = {n: m.p for n, m in captioner.named_modules() if isinstance(m, torch.nn.Dropout)}
+    for loaded in (net, type(net).from_pretrained(tmp_path)):
+        rates = {n: m.p for n, m in loaded.named_modules() if isinstance(m, torch.nn.Dropout)}
         decoders = {n for n in rates if n.startswith("decoder.") and not n.endswith("attn_dropout")}
         assert len(decoders) == 1 + 2 * 3
         assert {n for n, rate in rates.items() if rate == 0.3} == decoders

@@ -5,9 +5,9 @@ import importlib
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 
 for name in (
-    "captioning.features",
-    "captioning.report",
-    "captioning.trainer",
+    "captioning.training.features",
+    "captioning.show.run_folder",
+    "captioning.training.trainer",
     "datasets.arrow_dataset",
     "matplotlib.backends.backend_agg",
     "matplotlib.figure",

@@ -42,7 +42,7 @@ class Row:
 
 def labels_become(change: Callable[[list[list[int]]], list[list[int]]]) -> None:
     """Change the training captions' token ids (those of an image at a time), and no others."""
-    from captioning.trainer import CaptionTrainer
+    from captioning.training.trainer import CaptionTrainer
 
     original = CaptionTrainer.__init__
 
@@ -56,7 +56,7 @@ def labels_become(change: Callable[[list[list[int]]], list[list[int]]]) -> None:
 
 def batches_become(change: Callable[[Any, dict], dict]) -> None:
     """Change the training batches, those of evaluations not; `change` is given the trainer and a batch."""
-    from captioning.trainer import CaptionTrainer
+    from captioning.training.trainer import CaptionTrainer
 
     original = CaptionTrainer._prepare_inputs
 
@@ -87,7 +87,7 @@ def cut_short(tokens: int = 20) -> Callable[[], None]:
 
 def shifted_twice() -> None:
     """The target of each position is the token after the next one, as in transformers 4.50 to 4.5x."""
-    from captioning.batch import IGNORED
+    from captioning.model.packing import IGNORED
 
     def change(trainer, inputs):
         labels, segments = inputs["labels"], inputs["segment_ids"]
@@ -132,7 +132,7 @@ def weight_average(decay: float) -> Callable[[], None]:
         import torch
         from transformers import TrainerCallback
 
-        from captioning.trainer import CaptionTrainer
+        from captioning.training.trainer import CaptionTrainer
 
         class Average(TrainerCallback):
             def __init__(self, model):
@@ -174,8 +174,8 @@ def one_caption_at_random() -> None:
     """An epoch shows one caption of each training image, not all of them."""
     import numpy as np
 
-    from captioning.batch import CaptionDataset
-    from captioning.trainer import CaptionTrainer
+    from captioning.training.batches import CaptionDataset
+    from captioning.training.trainer import CaptionTrainer
 
     class OneCaption(CaptionDataset):
         def __getitem__(self, index):
@@ -219,9 +219,9 @@ def preset(**settings) -> Callable[[], None]:
     """The decoder preset `small` with other sizes."""
 
     def patch():
-        from captioning import model
+        from captioning.model import parts
 
-        model.DECODER_PRESETS["small"].update(settings)
+        parts.DECODER_PRESETS["small"].update(settings)
 
     return patch
 
@@ -273,14 +273,17 @@ def compare_decodings(args: argparse.Namespace) -> None:
     from tqdm import tqdm
 
     import train
-    from captioning import batch, metrics, model
+    from captioning.data import folder
+    from captioning.model import captioner, generate, parts
+    from captioning.scores import metrics
+    from captioning.training import batches
 
-    model.quiet_transformers()
-    bundle = model.load(args.model_path)
-    rows = batch.load_prepared(args.data_path)[0]["validation"]
+    parts.quiet_transformers()
+    bundle = captioner.load(args.model_path)
+    rows = folder.load_prepared(args.data_path)[0]["validation"]
     references = dict(zip(rows["image_id"], rows["captions"], strict=True))
-    pixels = batch.Pixels(bundle.image_processor)
-    dataset = batch.CaptionDataset(rows, pixels)
+    pixels = parts.Pixels(bundle.image_processor)
+    dataset = batches.CaptionDataset(rows, pixels)
     states = []
     half = train.device_defaults()["bf16"]  # as evaluations during training
     if half:
@@ -293,7 +296,7 @@ def compare_decodings(args: argparse.Namespace) -> None:
         for settings in DECODINGS:
             captions = []
             for part in states:
-                captions += model.decode(bundle.tokenizer, model.generate_tokens(bundle.model, part, **settings))
+                captions += generate.decode(bundle.tokenizer, generate.generate_tokens(bundle.model, part, **settings))
             scores = metrics.coco_scores(dict(zip(rows["image_id"], captions, strict=True)), references, rouge=False)
             words = statistics.mean(len(caption.split()) for caption in captions)
             name = ", ".join(f"{key} {value}" for key, value in settings.items())
@@ -308,16 +311,16 @@ def first_images(count: int) -> Callable[[], None]:
     """Train on so many images only."""
 
     def patch():
-        from captioning import batch
+        from captioning.data import folder
 
-        whole = batch.load_prepared
+        whole = folder.load_prepared
 
         def changed(folder):
             splits, description = whole(folder)
             splits["train"] = splits["train"].select(range(count))
             return splits, description
 
-        batch.load_prepared = changed
+        folder.load_prepared = changed
 
     return patch
 

@@ -110,10 +110,10 @@ def draw_photographs(folder: Path) -> Path:
     """The drawn scenes, enlarged and given noise, so that decoding costs what a photograph's does."""
     from PIL import Image
 
-    from captioning import sample
+    from captioning.data import scenes
 
-    sample.SPLITS = {"train": 120, "val": 40, "test": 40}
-    sample.draw(folder)
+    scenes.SPLITS = {"train": 120, "val": 40, "test": 40}
+    scenes.draw(folder)
     for path in folder.glob("*2014/*.jpg"):
         with Image.open(path) as scene:
             enlarged = scene.resize((640, 480))
@@ -126,9 +126,9 @@ def records(args: argparse.Namespace):
     """RGB records with five captions each, in a fixed order."""
     from PIL import Image
 
-    from captioning import coco
+    from captioning.data import annotations
 
-    for pool in coco.read_coco(args.images).values():
+    for pool in annotations.read_coco(args.images).values():
         for record in pool:
             with Image.open(record.path) as image:
                 if image.mode == "RGB" and len(record.captions) >= 5:
@@ -140,15 +140,15 @@ def build(args: argparse.Namespace):
     import torch
     from transformers import GPT2Config
 
-    from captioning import model
+    from captioning.model import captioner, parts
 
-    model.quiet_transformers()
+    parts.quiet_transformers()
     torch.manual_seed(0)
-    tokenizer = model.train_tokenizer((c for record in records(args) for c in record.captions), 5000)
-    net = model.build(args.size, args.size, tokenizer)
+    tokenizer = parts.train_tokenizer((c for record in records(args) for c in record.captions), 5000)
+    net = captioner.build(args.size, args.size, tokenizer)
     if args.size == "base":
         net.decoder.resize_token_embeddings(GPT2Config().vocab_size, mean_resizing=False)
-    bundle = model.Bundle(net, tokenizer, model.load_image_processor(args.size))
+    bundle = captioner.Bundle(net, tokenizer, parts.load_image_processor(args.size))
     net.to("cuda" if torch.cuda.is_available() else "cpu")
     return bundle
 
@@ -194,9 +194,10 @@ def measure_prepare(case: str, args: argparse.Namespace) -> dict:
     import datasets  # noqa: F401
 
     import dataloader  # noqa: F401
-    from captioning import coco, model  # noqa: F401
+    from captioning.data import annotations
+    from captioning.model import captioner, generate, parts  # noqa: F401
 
-    count = sum(map(len, coco.read_coco(args.images).values()))
+    count = sum(map(len, annotations.read_coco(args.images).values()))
     with tempfile.TemporaryDirectory() as folder:
         started = time.perf_counter()
         if case == "ours":
@@ -232,11 +233,11 @@ def prepare_standard(args: argparse.Namespace, save_path: Path) -> int:
     from datasets import Dataset
     from PIL import Image
 
-    from captioning import model
+    from captioning.model import parts
 
     rows = [(str(record.path), caption) for record in records(args) for caption in record.captions]
-    tokenizer = model.train_tokenizer((caption for _, caption in rows), 5000)
-    processor = model.load_image_processor(args.size)
+    tokenizer = parts.train_tokenizer((caption for _, caption in rows), 5000)
+    processor = parts.load_image_processor(args.size)
 
     def transform(batch):
         pixels = [Image.open(path).convert("RGB") for path in batch["path"]]
@@ -272,7 +273,7 @@ def train_standard(bundle, args: argparse.Namespace) -> tuple[int, float, float]
     import numpy as np
     import torch
 
-    from captioning import images
+    from captioning.data import images
 
     net, device = bundle.model.train(), bundle.model.device
     eos, start = bundle.tokenizer.eos_token_id, net.config.decoder_start_token_id
@@ -308,12 +309,14 @@ def train_ours(bundle, args: argparse.Namespace, cached: bool) -> tuple[int, flo
     from transformers import Seq2SeqTrainingArguments, TrainerCallback
 
     import train
-    from captioning import batch, features
-    from captioning.trainer import CaptionTrainer
+    from captioning.data import folder
+    from captioning.model import parts
+    from captioning.training import batches, features
+    from captioning.training.trainer import CaptionTrainer
 
-    with tempfile.TemporaryDirectory() as folder:
-        splits, _ = batch.load_prepared(prepare_ours(args, Path(folder)))
-        rows = batch.CaptionDataset(splits["train"], batch.Pixels(bundle.image_processor))
+    with tempfile.TemporaryDirectory() as work:
+        splits, _ = folder.load_prepared(prepare_ours(args, Path(work)))
+        rows = batches.CaptionDataset(splits["train"], parts.Pixels(bundle.image_processor))
         settings = {
             **train.DEFAULTS,
             **train.device_defaults(),
@@ -336,7 +339,7 @@ def train_ours(bundle, args: argparse.Namespace, cached: bool) -> tuple[int, flo
             {},
             {},
             args=Seq2SeqTrainingArguments(**settings),
-            data_collator=batch.Collator(start, pad),
+            data_collator=batches.Collator(start, pad),
             train_dataset=rows,
         )
         measured = {}
@@ -383,11 +386,12 @@ def measure_infer(case: str, args: argparse.Namespace) -> dict:
     import numpy as np
     import torch
 
-    from captioning import batch, images, model
+    from captioning.data import images
+    from captioning.model import generate, parts
 
     bundle = build(args)
     bundle.model.eval()
-    pixels = batch.Pixels(bundle.image_processor)
+    pixels = parts.Pixels(bundle.image_processor)
     paths = [record.path for record in records(args)]
     settings = {"num_beams": 4, "max_new_tokens": CAPTION_LENGTH, "min_new_tokens": CAPTION_LENGTH}
     size = 1 if case == "standard" else 16
@@ -399,7 +403,7 @@ def measure_infer(case: str, args: argparse.Namespace) -> dict:
             bundle.tokenizer.batch_decode(bundle.model.generate(x.to(bundle.model.device), **settings))
         else:
             stacked = np.stack([pixels(images.open_image(path, min_side=256)) for path in some])
-            model.generate(bundle, pixels.normalise(torch.from_numpy(stacked).to(bundle.model.device)), **settings)
+            generate.generate(bundle, pixels.normalise(torch.from_numpy(stacked).to(bundle.model.device)), **settings)
 
     with torch.inference_mode():
         step(0)

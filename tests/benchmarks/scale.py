@@ -26,7 +26,7 @@ from PIL import Image
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-from captioning import sample  # noqa: E402 (found through the path above)
+from captioning.data import scenes  # noqa: E402 (found through the path above)
 
 FULL = {"train2014": (82_783, 414_113), "val2014": (40_504, 202_654)}  # images, captions
 
@@ -67,7 +67,7 @@ def source(root: Path | None, folder: Path) -> tuple[list[Path], list[str]]:
     files, captions = [], []
     if root is None:
         for number in range(200):
-            scene, own, _ = sample.draw_scene(rng)
+            scene, own, _ = scenes.draw_scene(rng)
             noise = Image.effect_noise((640, 480), 40).convert("RGB")  # a drawing alone would be a small file
             files.append(folder / f"{number}.jpg")
             Image.blend(scene.resize((640, 480)), noise, 0.3).save(files[-1], quality=85)

@@ -1,4 +1,4 @@
-"""Score captions with captioning.metrics and with the official evaluation: same numbers? how fast?
+"""Score captions with captioning.scores.metrics and with the official evaluation: same numbers? how fast?
 
     python tests/benchmarks/score.py                                # the official code in this environment
     python tests/benchmarks/score.py --oracle_python PATH           # ... in another one
@@ -23,8 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
 
 import oracle  # noqa: E402
 
-from captioning.metrics import COCO_KEYS, coco_scores  # noqa: E402
-from captioning.ptb import tokenize  # noqa: E402
+from captioning.scores.metrics import COCO_KEYS, coco_scores  # noqa: E402
+from captioning.scores.ptb import tokenize  # noqa: E402
 
 
 def main(argv=None) -> None:
@@ -135,7 +135,7 @@ def perturb(caption: str, rng: random.Random) -> str:
 
 
 def score(job: dict) -> dict:
-    """The same as `oracle.evaluate`, with captioning.metrics."""
+    """The same as `oracle.evaluate`, with captioning.scores.metrics."""
     predictions, references = dict(enumerate(job["predictions"])), dict(enumerate(job["references"]))
     begin = time.perf_counter()
     scores, per_image = coco_scores(predictions, references, per_image=True, rouge=False)

@@ -1,9 +1,4 @@
-"""Data set rows -> tensors: captions with their end token, packed per image; pixels as uint8 until the device.
-
-Packing: all captions of an image share one decoder sequence. A block-diagonal causal mask keeps them apart and
-positions restart at 0 for each, so that the loss equals that of one row per caption, while the encoder and the
-cross-attention's keys and values run once per image instead of once per caption.
-"""
+"""Data set rows -> tensors: augmented images, batches of like length, captions packed per image."""
 
 from __future__ import annotations
 
@@ -11,93 +6,15 @@ import io
 import math
 import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
-from transformers import PreTrainedTokenizerBase
 
 from captioning import InputError
-from captioning.files import read_json
-
-IGNORED = -100  # cross_entropy's ignore_index
-
-
-def encode_captions(
-    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int
-) -> tuple[list[list[int]], int]:
-    """Captions -> token ids, each truncated to `max_length - 1` and ended by exactly one EOS.
-
-    Returns:
-        The ids of each caption, and how many captions were truncated.
-    """
-    eos = tokenizer.eos_token_id
-    texts = [" ".join(caption.split()) for caption in captions]
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    # A caption that spells out the end token would otherwise end early.
-    encoded = [[token for token in ids if token != eos] for ids in encoded]
-    truncated = sum(len(ids) > max_length - 1 for ids in encoded)
-    return [[*ids[: max_length - 1], eos] for ids in encoded], truncated
-
-
-def load_prepared(folder: Path) -> tuple[Any, dict[str, Any]]:
-    """The splits of a folder that `dataloader.py` wrote, memory-mapped, and its `dataset.json`.
-
-    Raises:
-        InputError: it is no such folder, or not whole.
-    """
-    from datasets import load_from_disk
-
-    description = read_json(folder / "dataset.json")
-    try:
-        splits = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--data_path '{folder}' cannot be read ({reason}); run dataloader.py again") from None
-    except IndexError:
-        raise InputError(f"--data_path '{folder}' has a split without images; run dataloader.py again") from None
-    for split in ("train", "validation", "test"):
-        if split not in splits or not len(splits[split]):
-            raise InputError(f"--data_path '{folder}' has no {split} images; run dataloader.py again")
-        missing = {"image_id", "image", "captions", "labels"} - set(splits[split].column_names)
-        if missing:
-            raise InputError(
-                f"the {split} split of --data_path '{folder}' has no column '{min(missing)}'; run dataloader.py again"
-            )
-    missing = {"source", "encoder", "decoder", "images"} - set(description)
-    if missing:
-        raise InputError(f"'{folder}/dataset.json' does not say '{min(missing)}'; run dataloader.py again")
-    if not isinstance(description["images"], dict) or set(splits) - set(description["images"]):
-        raise InputError(f"'{folder}/dataset.json' does not count each split's images; run dataloader.py again")
-    return splits, description
-
-
-class Pixels:
-    """An image processor split in two: geometry on the worker (uint8), arithmetic on the device (float32).
-
-    `normalise(self(image))` equals `image_processor(image)`; uint8 is a quarter of the bytes to copy.
-    """
-
-    def __init__(self, image_processor):
-        self.image_processor = image_processor
-        scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
-        mean, std = 0.0, 1.0
-        if image_processor.do_normalize:
-            mean, std = image_processor.image_mean, image_processor.image_std
-        self.scale = scale
-        self.mean = torch.tensor(mean).reshape(-1, 1, 1)
-        self.std = torch.tensor(std).reshape(-1, 1, 1)
-
-    def __call__(self, image: Image.Image) -> np.ndarray:
-        """An RGB image -> uint8 (3, height, width), resized and cropped."""
-        return self.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]
-
-    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
-        """uint8 (batch, 3, height, width) -> float32 of the same shape, on the same device."""
-        scaled = pixels.to(torch.float32) * self.scale
-        return (scaled - self.mean.to(pixels.device)) / self.std.to(pixels.device)
+from captioning.model.packing import IGNORED
+from captioning.model.parts import Pixels
 
 
 class Collator:
@@ -169,21 +86,6 @@ class Collator:
             batch["decoder_position_ids"] = torch.from_numpy(positions)
             batch["segment_ids"] = torch.from_numpy(segments)
         return batch
-
-
-def packed_attention_mask(segment_ids: torch.Tensor) -> torch.Tensor:
-    """Which earlier tokens each token may see: those of its own caption.
-
-    Args:
-        segment_ids: (batch, length); padding is one segment of its own, so that no row of the mask is empty.
-
-    Returns:
-        bool (batch, 1, length, length), True where attention is allowed.
-    """
-    length = segment_ids.shape[1]
-    same_caption = segment_ids[:, :, None] == segment_ids[:, None, :]
-    causal = torch.ones(length, length, dtype=torch.bool, device=segment_ids.device).tril()
-    return (same_caption & causal)[:, None]
 
 
 DIRECTIONS = re.compile(r"\b(left|right)", re.IGNORECASE)

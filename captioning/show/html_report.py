@@ -17,7 +17,8 @@ from typing import Any
 
 from PIL import Image
 
-from captioning import metrics, ptb, report
+from captioning.scores import metrics, ptb
+from captioning.show import report
 
 SHOWN = 6  # images in each of: the best, the worst, the unchosen
 LONGEST = 20  # words; longer captions share a row

@@ -6,21 +6,16 @@ import contextlib
 import functools
 import math
 import statistics
-import sys
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
-from tqdm import tqdm
 from transformers import (
-    DynamicCache,
     EarlyStoppingCallback,
-    EncoderDecoderCache,
     Seq2SeqTrainer,
     TrainerCallback,
     VisionEncoderDecoderModel,
@@ -30,20 +25,15 @@ from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioning import InputError
-from captioning.batch import IGNORED, LengthSampler, Pixels, packed_attention_mask
-from captioning.cli import printable
-from captioning.metrics import CiderReward, coco_scores
-from captioning.model import Bundle, decode, generate_tokens, is_cross_attention
-from captioning.resilience import LossWatch, StopSignals, explained, in_own_group, whole_checkpoint
-
-PARTS = ("cross_attention", "decoder", "encoder")
-
-
-def part_of(parameter: str) -> str:
-    """Which of PARTS a parameter of the captioner belongs to."""
-    if is_cross_attention(parameter):
-        return "cross_attention"
-    return parameter.split(".")[0]
+from captioning.model.captioner import PARTS, Bundle, part_of
+from captioning.model.generate import decode, generate_tokens
+from captioning.model.packing import IGNORED, LabelledProjection, decoder_mask
+from captioning.model.parts import Pixels
+from captioning.scores.metrics import coco_scores
+from captioning.training.batches import LengthSampler
+from captioning.training.progress import Progress
+from captioning.training.resilience import LossWatch, StopSignals, explained, in_own_group, whole_checkpoint
+from captioning.training.self_critical import SelfCritical, sample_captions
 
 
 def caption_loss(
@@ -67,130 +57,6 @@ def caption_loss(
         label_smoothing=smoothing,
     )
     return loss if num_items is None else loss / num_items
-
-
-def decoder_mask(model: VisionEncoderDecoderModel, segment_ids: torch.Tensor) -> torch.Tensor:
-    """`packed_attention_mask` as the model's kind of attention takes it."""
-    mask = packed_attention_mask(segment_ids)
-    if model.decoder.config._attn_implementation == "eager":
-        # Eager attention adds its mask to the scores.
-        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
-    return mask
-
-
-@torch.no_grad()
-def can_pack(model: VisionEncoderDecoderModel) -> bool:
-    """Whether the decoder keeps packed captions apart: two captions, packed and each alone, must give the same logits.
-
-    A kind of attention that takes no mask per position, or a decoder that counts positions itself, does not.
-    """
-    tokens = torch.arange(1, 5, device=model.device) % model.decoder.config.vocab_size
-    features = torch.linspace(-1, 1, 2 * model.encoder.config.hidden_size, device=model.device)
-    features = features.view(1, 2, -1)
-    training = model.training
-    model.eval()
-    try:
-        packed = model(
-            encoder_outputs=(features,),
-            decoder_input_ids=torch.cat([tokens, tokens])[None],
-            decoder_position_ids=torch.arange(4, device=model.device).repeat(2)[None],
-            decoder_attention_mask=decoder_mask(model, torch.tensor([[0] * 4 + [1] * 4], device=model.device)),
-            use_cache=False,
-        ).logits
-        alone = model(encoder_outputs=(features,), decoder_input_ids=tokens[None], use_cache=False).logits
-    except (ValueError, TypeError, RuntimeError):
-        return False
-    finally:
-        model.train(training)
-    return torch.allclose(packed, alone.repeat(1, 2, 1), atol=1e-3)
-
-
-@dataclass
-class SelfCritical:
-    """Self-critical sequence training: the last epochs raise the score itself, not the likelihood of people's words.
-
-    The model samples captions of each training image; those that score above the mean of the image's others become
-    likelier, the rest less likely (https://arxiv.org/abs/1612.00563, with the baseline of
-    https://arxiv.org/abs/2003.09971). Samples are packed as people's captions are.
-    """
-
-    epochs: float  # at the end of training
-    reward: CiderReward
-    learning_rate: float = 1e-4  # at most, of each part; it has a warm-up and a cosine of its own
-    samples: int = 5  # captions per image
-    max_new_tokens: int = 30
-
-
-def draw(probabilities: torch.Tensor) -> torch.Tensor:
-    """One index for each row of (..., choices), as `torch.multinomial` draws them.
-
-    By the place of one uniform number among the cumulated probabilities: `multinomial` draws a number for each choice,
-    which took a third of the sampling's time on a CPU.
-    """
-    cumulated = probabilities.cumsum(-1)
-    place = torch.rand_like(cumulated[..., :1]) * cumulated[..., -1:]
-    return torch.searchsorted(cumulated, place, right=True)[..., 0]
-
-
-@torch.no_grad()
-def sample_captions(
-    model: VisionEncoderDecoderModel, features: torch.Tensor, count: int, max_new_tokens: int
-) -> list[list[list[int]]]:
-    """Draw captions from the model's own distribution, those of an image side by side in one decoder row.
-
-    As in training, packing spares the cross-attention from projecting an image's keys and values once per caption.
-
-    Args:
-        features: the encoder's output, (images, tokens, hidden size).
-        count: captions of each image.
-
-    Returns:
-        Token ids, for each image `count` captions; each ends with its end token if it came to an end.
-    """
-    decoder, eos = model.decoder, model.generation_config.eos_token_id
-    if hasattr(model, "enc_to_dec_proj"):
-        features = model.enc_to_dec_proj(features)
-    past = EncoderDecoderCache(DynamicCache(config=decoder.config), DynamicCache(config=decoder.config))
-    tokens = features.new_full((len(features), count), model.config.decoder_start_token_id, dtype=torch.long)
-    drawn, ended = [], torch.zeros_like(tokens, dtype=torch.bool)
-    segments = torch.arange(count, device=features.device)[None].expand(len(features), -1)
-    for step in range(max_new_tokens):
-        # The cache holds the captions' tokens in turn, as the mask's columns do.
-        mask = decoder_mask(model, segments.repeat(1, step + 1))[:, :, -count:]
-        logits = decoder(
-            input_ids=tokens,
-            position_ids=torch.full_like(tokens, step),
-            attention_mask=mask,
-            encoder_hidden_states=features,
-            past_key_values=past,
-            use_cache=True,
-        ).logits
-        tokens = draw(logits.float().softmax(-1))
-        drawn.append(tokens)
-        ended |= tokens == eos
-        if ended.all():
-            break
-    captions = torch.stack(drawn, -1).tolist()
-    return [[row[: row.index(eos) + 1] if eos in row else row for row in of_image] for of_image in captions]
-
-
-class LabelledProjection:
-    """Lets a decoder's vocabulary projection see only the positions that have a label, as one row of them.
-
-    The projection is the largest matrix product of a small decoder, and padding needs none of it.
-
-    Attributes:
-        positions: (labelled,), indices into the flattened (rows, length); None: every position is projected.
-    """
-
-    def __init__(self, projection: torch.nn.Module):
-        self.positions: torch.Tensor | None = None
-        projection.register_forward_pre_hook(self._select)
-
-    def _select(self, projection, inputs):
-        if self.positions is None:
-            return None
-        return (inputs[0].flatten(0, -2).index_select(0, self.positions)[None],)
 
 
 class CaptionTrainer(Seq2SeqTrainer):
@@ -590,17 +456,6 @@ class CaptionTrainer(Seq2SeqTrainer):
         return {"loss": float(summed[first].sum() / counted[first].sum()), **scores}
 
 
-def peak_memory(device: torch.device) -> int | None:
-    """Bytes: the most that tensors took on an accelerator, or this process in main memory; None where nobody counts."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
 class EvaluationStopped(Exception):
     """Training was asked to stop while it evaluated."""
 
@@ -625,54 +480,3 @@ class Resumed(TrainerCallback):
                 raise KeyboardInterrupt from None
             if trainer._determine_best_metric(metrics, None) and state.best_global_step == state.global_step:
                 state.best_model_checkpoint = str(Path(args.output_dir, f"checkpoint-{state.global_step}"))
-
-
-class Progress(ProgressCallback):
-    """One progress bar for training, for each evaluation a line of scores and a few captions, all on stderr."""
-
-    def __init__(self, trainer: CaptionTrainer):
-        super().__init__()
-        self.trainer = trainer
-
-    def close(self) -> None:
-        """End the lines of bars that an error has left open."""
-        for bar in (self.prediction_bar, self.training_bar):
-            if bar is not None:
-                bar.close()
-
-    def on_prediction_step(self, args, state, control, **kwargs):
-        if not args.disable_tqdm:
-            super().on_prediction_step(args, state, control, **kwargs)
-
-    def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
-        if self.training_bar is not None:
-            if args.disable_tqdm:
-                self.training_bar.disable = True
-            self.training_bar.set_description("training")
-            self.training_bar.update(state.global_step)  # what a resumed run has behind it
-            self.training_bar.initial = state.global_step
-        self.current_step = state.global_step
-
-    def on_log(self, args, state, control, logs=None, **kwargs):
-        if not state.is_world_process_zero or not logs:
-            return
-        if not math.isfinite(logs.get("eval_loss", 0.0)):
-            raise InputError(
-                f"the validation loss became {logs['eval_loss']} by step {state.global_step}; lower --learning_rate, "
-                "or train without --fp16"
-            )
-        for key in ("loss", "reward"):
-            if key in logs and self.training_bar is not None:
-                self.training_bar.set_postfix_str(f"{key} {logs[key]:.3f}")
-        if "eval_loss" in logs:
-            scores = "  ".join(f"{name} {logs['eval_' + key]:.3f}" for key, name in SHOWN if "eval_" + key in logs)
-            lines = [f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}"]
-            said = self.trainer.predictions
-            samples = sorted(said)[:: max(1, len(said) // SAMPLES)][:SAMPLES]  # the same ones every time
-            lines += [f"    image {image_id}: {printable(said[image_id])}" for image_id in samples]
-            tqdm.write("\n".join(lines), file=sys.stderr)  # at once: the bar is drawn again after it
-
-
-SHOWN = (("bleu_1", "BLEU-1"), ("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider_d", "CIDEr-D"))
-SAMPLES = 3  # captions shown after each evaluation

@@ -22,8 +22,12 @@ from pathlib import Path
 
 from PIL import Image
 
-from captioning import InputError, cli, explain, images, report
-from captioning.model import Bundle, resized_side
+from captioning import InputError, cli
+from captioning.data import images
+from captioning.model import explain
+from captioning.model.captioner import Bundle
+from captioning.model.parts import resized_side
+from captioning.show import report
 
 CSS = """
 .message { border-left: 4px solid #c2410c; padding: .4rem .8rem; }

@@ -20,8 +20,9 @@ from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from captioning import InputError
-from captioning.batch import Pixels
-from captioning.model import Bundle, decode, generate_tokens
+from captioning.model.captioner import Bundle
+from captioning.model.generate import decode, generate_tokens
+from captioning.model.parts import Pixels
 
 SCORED_TOGETHER = 32  # captions: with GPT-2's vocabulary and 40 tokens their logits take 260 MB
 MOST_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches

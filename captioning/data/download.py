@@ -26,8 +26,9 @@ from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import BinaryIO
 
-from captioning import InputError, images
-from captioning.coco import NO_NETWORK_HINT, PARTS, Record
+from captioning import InputError
+from captioning.data import images
+from captioning.data.annotations import NO_NETWORK_HINT, PARTS, Record
 from captioning.files import remove_leftovers, replacing, write_whole
 
 ANNOTATIONS_ZIP = "annotations/annotations_trainval2014.zip"  # 241 MB, the captions a small part of it

@@ -11,12 +11,12 @@ of the `rouge_score` package. Plain Python; importing this module is cheap (no t
 import math
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from itertools import count, pairwise
 from typing import NamedTuple
 
 from captioning import InputError
-from captioning.ptb import tokenize
+from captioning.scores.ptb import tokenize
 
 COCO_KEYS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")
 PROTOCOL = (
@@ -24,7 +24,6 @@ PROTOCOL = (
     "COCO caption evaluation (PTB tokenisation, punctuation removed); ROUGE-1, ROUGE-2 and ROUGE-Lsum as in "
     "rouge_score, best over the references"
 )
-END = " </s>"  # no word of any caption: the tokenizer would have split it
 ROUGE_KEYS = ("rouge_1", "rouge_2", "rouge_lsum")
 
 
@@ -294,43 +293,6 @@ def _cider_d(
             score += similarity * math.exp(-(delta**2) / (2 * sigma**2))
         scores.append(10 * score / 4 / len(references))
     return scores
-
-
-class CiderReward:
-    """CIDEr-D of sampled captions, the document frequencies being those of the training captions.
-
-    Every caption, sampled or written by a person, is given an end mark as its last word, so that one that stops in
-    mid-sentence ("a man with a") earns less than one that ends as people end (https://arxiv.org/abs/2003.09971
-    discusses the baseline that goes with it; the bad endings are well known).
-
-    Args:
-        references: {image id: its captions}, of the images to be trained on.
-    """
-
-    BITS = 24  # of a word's number: more words than any data set has
-
-    def __init__(self, references: Mapping[int, Sequence[str]]):
-        self._number = defaultdict(count(1).__next__)
-        tokenized = iter(tokenize([caption for captions in references.values() for caption in captions]))
-        self._references = {i: [next(tokenized) + END for _ in captions] for i, captions in references.items()}
-        self._idf = _squared_idf(map(self._count, self._references.values()))
-
-    def __call__(self, image_ids: Sequence[int], captions: Sequence[str], ended: Sequence[bool]) -> list[float]:
-        """
-        Args:
-            image_ids: which image each caption describes.
-            captions: what is to be rewarded, one or several for an image.
-            ended: whether the caption came to an end by itself.
-
-        Returns:
-            CIDEr-D of each caption, 0 to 10.
-        """
-        texts = [text + END * end for text, end in zip(tokenize(captions), ended, strict=True)]
-        targets = {i: self._count(self._references[i]) for i in set(image_ids)}
-        return _cider_d(self._count(texts), [targets[i] for i in image_ids], self._idf)
-
-    def _count(self, captions: list[str]) -> list[_Counted]:
-        return _count_ngrams(captions, self._number, self.BITS)
 
 
 def _rouge_score(prediction: str, references: list[str]) -> tuple[float, float, float]:

@@ -18,9 +18,9 @@ from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from captioning import html_report, report
 from captioning.files import write_whole
-from captioning.metrics import PROTOCOL
+from captioning.scores.metrics import PROTOCOL
+from captioning.show import html_report, report
 
 
 def write(

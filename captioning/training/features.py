@@ -20,9 +20,9 @@ import torch
 from tqdm import tqdm
 
 from captioning import InputError
-from captioning.batch import CaptionDataset, augmented
 from captioning.files import write_whole
-from captioning.model import Bundle
+from captioning.model.captioner import Bundle
+from captioning.training.batches import CaptionDataset, augmented
 
 SAVE_EVERY = 16  # batches; what an interruption loses at most
 

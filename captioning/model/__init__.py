@@ -1,0 +1,1 @@
+"""{model, tokenizer, image processor} as one bundle: build, load, save; packing; generate; explain."""

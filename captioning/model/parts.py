@@ -1,0 +1,270 @@
+"""Where the parts of a captioner come from: presets, the hub or a folder; tokenizer; image processor.
+
+An encoder or a decoder is named by a preset (random weights, no network), a local folder, or an id on the Hugging Face
+hub; weights are safetensors only.
+"""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+from transformers import (
+    AutoConfig,
+    AutoImageProcessor,
+    AutoTokenizer,
+    PreTrainedTokenizerBase,
+    PreTrainedTokenizerFast,
+    ViTConfig,
+)
+from transformers.utils import logging as transformers_logging
+
+from captioning import InputError
+from captioning.files import is_whole_safetensors
+
+ENCODER_PRESETS: dict[str, dict[str, int]] = {
+    # 64 patches of 8 px: 0.5 M parameters, for drawn scenes and tests.
+    "tiny": {
+        "image_size": 64,
+        "patch_size": 8,
+        "hidden_size": 128,
+        "num_hidden_layers": 4,
+        "num_attention_heads": 4,
+        "intermediate_size": 256,
+    },
+    # ViT-S/16 and ViT-B/16 (https://arxiv.org/abs/2010.11929), untrained.
+    "small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
+    "base": {},
+}
+DECODER_PRESETS: dict[str, dict[str, int]] = {
+    "tiny": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128},
+    "small": {"n_embd": 256, "n_layer": 3, "n_head": 4, "n_positions": 256},
+    "base": {},
+}
+# The largest vocabulary that a preset's tokenizer may learn from the training captions.
+VOCABULARY = {"tiny": 1_000, "small": 5_000, "base": 50_257}
+END_OF_TEXT = "<|endoftext|>"
+BUNDLE_HINT = "name a run folder that train.py wrote"
+
+
+def quiet_transformers() -> None:
+    """Only errors from transformers: what a user should know is said by the scripts, in one line each."""
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+
+
+# ---- where weights come from
+
+
+@functools.cache
+def _hub_is_reachable() -> bool:
+    """One short request, so that a machine with no network answers in seconds and not after every retry."""
+    import requests
+    from huggingface_hub import constants
+
+    if constants.HF_HUB_OFFLINE:
+        return False
+    try:
+        requests.head(constants.ENDPOINT, timeout=5)
+    except requests.RequestException:
+        return False
+    return True
+
+
+def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
+    """The local folder of an encoder, a decoder or a trained captioner, fetched from the hub if it is an id.
+
+    Args:
+        name: a local folder or a hub id such as `openai-community/gpt2`.
+        what: how messages call it, such as `--decoder`.
+        weights: False fetches the configuration, tokenizer and preprocessor files only.
+
+    Raises:
+        InputError: no such folder, no such id, or no network and the id was never fetched before.
+    """
+    folder = Path(name)
+    if folder.is_dir():
+        return folder
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
+        raise InputError(f"{what} '{name}' is not a folder, and not an id on the Hugging Face hub either")
+    from huggingface_hub import snapshot_download
+
+    patterns = ["*.json", "*.txt", *(["*.safetensors"] if weights else [])]
+    try:
+        return Path(
+            snapshot_download(
+                str(name),
+                allow_patterns=patterns,
+                ignore_patterns=["*/*"],
+                local_files_only=not _hub_is_reachable(),
+            )
+        )
+    except (OSError, ValueError) as error:
+        reason = "is not on the Hugging Face hub" if _hub_is_reachable() else "is not here and the hub is not reachable"
+        remedy = BUNDLE_HINT if what == "--model_path" else "name a local folder or a preset: tiny, small, base"
+        raise InputError(f"{what} '{name}' {reason} ({type(error).__name__}); {remedy}") from None
+
+
+def require_safetensors(folder: Path, what: str) -> None:
+    weights = sorted(folder.glob("*.safetensors"))
+    for file in weights:
+        if not is_whole_safetensors(file):
+            raise InputError(f"{what} '{folder}' has a damaged {file.name}, cut short perhaps; copy or write it again")
+    if weights:
+        return
+    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
+    if pickled:
+        raise InputError(
+            f"{what} '{folder}' holds pickled weights ({pickled[0]}), which can run code when they are opened; "
+            "convert them to safetensors first"
+        )
+    raise InputError(
+        f"{what} '{folder}' holds no model.safetensors; name a folder or a hub id with safetensors weights"
+    )
+
+
+def read_config(folder: Path, what: str):
+    path = folder / "config.json"
+    try:
+        raw = json.loads(path.read_text(encoding="utf-8"))
+        if "auto_map" in raw:
+            raise InputError(f"{what} '{folder}' asks to run code of its own (auto_map), which is never done")
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except OSError:
+        raise InputError(f"{what} '{folder}' has no config.json; it is not a model folder") from None
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{what} '{folder}' has a config.json that transformers cannot use: {error}") from None
+
+
+# ---- tokenizer
+
+
+def load_tokenizer(name: str | os.PathLike, what: str = "--decoder") -> PreTrainedTokenizerBase:
+    """The tokenizer of a decoder folder or hub id, with a padding token.
+
+    GPT-2 has none; padding is masked by length everywhere here, so that its end-of-text token can serve.
+    """
+    folder = resolve(name, what, weights=False)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{what} '{name}' has no usable tokenizer ({str(error).splitlines()[0]})") from None
+    if not tokenizer("a dog", add_special_tokens=False)["input_ids"]:
+        # Without its files transformers makes an empty one from config.json, and every caption would be empty.
+        raise InputError(
+            f"{what} '{name}' has no usable tokenizer (it knows no words); copy the tokenizer's files there"
+        )
+    if tokenizer.eos_token_id is None:
+        raise InputError(f"the tokenizer of {what} '{name}' has no end-of-sequence token; name a GPT-2 style decoder")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return tokenizer
+
+
+def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
+    """A lower-cased byte-level BPE tokenizer learnt from captions, shaped like GPT-2's.
+
+    Lower case, because annotators disagree on the first letter and the official scores ignore case: two spellings
+    of every first word would split the probability that beam search compares.
+    """
+    from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+    bpe = Tokenizer(models.BPE())
+    bpe.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    bpe.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        min_frequency=2,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    bpe.train_from_iterator(captions, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, bos_token=END_OF_TEXT, eos_token=END_OF_TEXT, pad_token=END_OF_TEXT
+    )
+
+
+# ---- image processor
+
+
+def load_image_processor(encoder: str | os.PathLike, what: str = "--encoder", whole: bool = False):
+    """The image processor of an encoder preset, folder or hub id.
+
+    Always the Pillow implementation, so that training and inference see the same pixels whether or not
+    torchvision happens to be installed.
+
+    Args:
+        whole: resize the whole image to the square that the encoder sees, as ViT's image processor does, where the
+            image processor would crop it: captions speak of what lies at the margins too.
+    """
+    if encoder in ENCODER_PRESETS:
+        from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+        side = ViTConfig(**ENCODER_PRESETS[encoder]).image_size
+        return ViTImageProcessorPil(size={"height": side, "width": side}, resample=3)
+    folder = resolve(encoder, what, weights=False)
+    try:
+        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
+        raise InputError(
+            f"{what} '{encoder}' has no usable preprocessor_config.json ({str(error).splitlines()[0]})"
+        ) from None
+    if whole and image_processor.do_center_crop:
+        crop = dict(image_processor.crop_size)
+        size = {"height": crop["height"], "width": crop["width"]}
+        settings = {**image_processor.to_dict(), "do_center_crop": False, "do_resize": True, "size": size}
+        image_processor = type(image_processor).from_dict(settings)
+    return image_processor
+
+
+def resized_side(image_processor) -> int:
+    """The shorter side, in pixels, that the image processor resizes to before any crop."""
+    return _longest_of(image_processor.size)
+
+
+def input_side(image_processor) -> int:
+    """The side, in pixels, of what the encoder sees: the crop where there is one, the resized image otherwise."""
+    return _longest_of(image_processor.crop_size if image_processor.do_center_crop else image_processor.size)
+
+
+def _longest_of(size) -> int:
+    size = dict(size)
+    sides = [size[key] for key in ("shortest_edge", "height", "width") if size.get(key)]
+    if not sides:
+        raise InputError(f"the image processor's size {size} names neither height and width nor shortest_edge")
+    return max(sides)
+
+
+class Pixels:
+    """An image processor split in two: geometry on the worker (uint8), arithmetic on the device (float32).
+
+    `normalise(self(image))` equals `image_processor(image)`; uint8 is a quarter of the bytes to copy.
+    """
+
+    def __init__(self, image_processor):
+        self.image_processor = image_processor
+        scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
+        mean, std = 0.0, 1.0
+        if image_processor.do_normalize:
+            mean, std = image_processor.image_mean, image_processor.image_std
+        self.scale = scale
+        self.mean = torch.tensor(mean).reshape(-1, 1, 1)
+        self.std = torch.tensor(std).reshape(-1, 1, 1)
+
+    def __call__(self, image: Image.Image) -> np.ndarray:
+        """An RGB image -> uint8 (3, height, width), resized and cropped."""
+        return self.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]
+
+    def normalise(self, pixels: torch.Tensor) -> torch.Tensor:
+        """uint8 (batch, 3, height, width) -> float32 of the same shape, on the same device."""
+        scaled = pixels.to(torch.float32) * self.scale
+        return (scaled - self.mean.to(pixels.device)) / self.std.to(pixels.device)

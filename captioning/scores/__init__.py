@@ -1,0 +1,1 @@
+"""{id: caption}, {id: [references]} -> scores. Plain strings; no torch."""

@@ -1,0 +1,1 @@
+"""What a person looks at: curves, pages, report.html, the run folder, the web page."""

@@ -1,0 +1,74 @@
+"""What a person sees of a training while it runs."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import torch
+from tqdm import tqdm
+from transformers.trainer_callback import ProgressCallback
+
+from captioning import InputError
+from captioning.cli import printable
+
+SHOWN = (("bleu_1", "BLEU-1"), ("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider_d", "CIDEr-D"))
+SAMPLES = 3  # captions shown after each evaluation
+
+
+class Progress(ProgressCallback):
+    """One progress bar for training, for each evaluation a line of scores and a few captions, all on stderr."""
+
+    def __init__(self, trainer):
+        super().__init__()
+        self.trainer = trainer
+
+    def close(self) -> None:
+        """End the lines of bars that an error has left open."""
+        for bar in (self.prediction_bar, self.training_bar):
+            if bar is not None:
+                bar.close()
+
+    def on_prediction_step(self, args, state, control, **kwargs):
+        if not args.disable_tqdm:
+            super().on_prediction_step(args, state, control, **kwargs)
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        super().on_train_begin(args, state, control, **kwargs)
+        if self.training_bar is not None:
+            if args.disable_tqdm:
+                self.training_bar.disable = True
+            self.training_bar.set_description("training")
+            self.training_bar.update(state.global_step)  # what a resumed run has behind it
+            self.training_bar.initial = state.global_step
+        self.current_step = state.global_step
+
+    def on_log(self, args, state, control, logs=None, **kwargs):
+        if not state.is_world_process_zero or not logs:
+            return
+        if not math.isfinite(logs.get("eval_loss", 0.0)):
+            raise InputError(
+                f"the validation loss became {logs['eval_loss']} by step {state.global_step}; lower --learning_rate, "
+                "or train without --fp16"
+            )
+        for key in ("loss", "reward"):
+            if key in logs and self.training_bar is not None:
+                self.training_bar.set_postfix_str(f"{key} {logs[key]:.3f}")
+        if "eval_loss" in logs:
+            scores = "  ".join(f"{name} {logs['eval_' + key]:.3f}" for key, name in SHOWN if "eval_" + key in logs)
+            lines = [f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}"]
+            said = self.trainer.predictions
+            samples = sorted(said)[:: max(1, len(said) // SAMPLES)][:SAMPLES]  # the same ones every time
+            lines += [f"    image {image_id}: {printable(said[image_id])}" for image_id in samples]
+            tqdm.write("\n".join(lines), file=sys.stderr)  # at once: the bar is drawn again after it
+
+
+def peak_memory(device: torch.device) -> int | None:
+    """Bytes: the most that tensors took on an accelerator, or this process in main memory; None where nobody counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
