@@ -101,7 +101,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         "--preview", type=Path, metavar="PNG", help="also draw images that were kept, and dropped ones with the reason"
     )
     form.add_argument("--num_proc", type=int, default=os.cpu_count() or 1, help="processes that prepare images")
-    form.add_argument("--debug", action="store_true", help=cli.DEBUG_HELP)
+    form.add_argument("--debug", action="store_true", help="show the traceback of every error")
     args = parser.parse_args(argv)
 
     if args.limit_data < 0:

@@ -87,7 +87,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
         metavar="FILE",
         help="score these captions (COCO results format), without a model",
     )
-    parser.add_argument("--debug", action="store_true", help=cli.DEBUG_HELP)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
     args = parser.parse_args(argv)
 
     for name in ("num_beams", "max_new_tokens", "batch_size"):

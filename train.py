@@ -163,7 +163,7 @@ def build_parser() -> argparse.ArgumentParser:
         help="stop when N evaluations in a row were not better than the best one (default: train to the end)",
     )
     rest.add_argument("--help_all", action="store_true", help="show every flag of Seq2SeqTrainingArguments as well")
-    rest.add_argument("--debug", action="store_true", help=cli.DEBUG_HELP)
+    rest.add_argument("--debug", action="store_true", help="show the traceback of every error")
     return parser
 
 

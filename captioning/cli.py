@@ -1,14 +1,129 @@
-"""What the three scripts share at the command line: error messages, exit codes, one-line notes."""
+"""What the three scripts share at the command line: flags, error messages, exit codes, one-line notes.
+
+A script's flags are a dataclass. Each field is one flag, with its default, its unit and its help; `__post_init__`
+checks them all, and raises InputError for what cannot be:
+
+    @dataclass(frozen=True)
+    class Arguments:
+        limit_data: int = flag(2000, "which images", "images in all; 0: every image", metavar="N")
+        debug: bool = debug_flag()
+
+        def __post_init__(self):
+            if self.limit_data < 0:
+                raise InputError(f"--limit_data {self.limit_data} is negative; give a number of images, or 0 for all")
+
+    args = parse(Arguments, argv, description="...")
+"""
 
 from __future__ import annotations
 
+import argparse
+import dataclasses
+import difflib
 import errno
 import sys
-from collections.abc import Callable
+import types
+import typing
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, TypeVar
 
 from captioning import InputError
 
-DEBUG_HELP = "show the traceback of every error"
+A = TypeVar("A")
+
+
+def flag(default: Any, group: str, help: str, **options) -> Any:
+    """A field of a dataclass of flags.
+
+    Args:
+        default: None where the flag has none; its help then says what happens without it.
+        group: the heading that it stands under in --help.
+        help: one line, with the unit and what special values mean.
+        options: of `argparse.ArgumentParser.add_argument`: metavar, choices, nargs, const.
+    """
+    metadata = {"group": group, "help": help, **options}
+    if isinstance(default, list):
+        return dataclasses.field(default_factory=lambda: list(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+def debug_flag() -> Any:
+    """`--debug`, which every script has."""
+    return flag(False, "other", "show the traceback of every error")
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors are one sentence, without the usage of every flag above it."""
+
+    def error(self, message: str) -> typing.NoReturn:
+        self.exit(2, f"{self.prog}: error: {printable(message)}\n")
+
+
+def build_parser(kind: type, description: str, **options) -> argparse.ArgumentParser:
+    """The parser of a dataclass of flags.
+
+    A field's annotation decides how its value is read: `bool` takes no value (`--no-NAME` switches off what is on by
+    default), `list[X]` takes one or more, `X | None` is read as X.
+    """
+    parser = _Parser(description=description, allow_abbrev=False, **options)
+    hints = typing.get_type_hints(kind)
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(kind):
+        options = dict(field.metadata)
+        group = options.pop("group")
+        if group not in groups:
+            groups[group] = parser.add_argument_group(group)
+        default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
+        if default not in (None, False, [], "") and "(default" not in options["help"]:
+            options["help"] += f" (default: {'on' if default is True else default})"
+        options["help"] = options["help"].replace("%", "%%")
+        value = _value_type(hints[field.name])
+        if value is bool:
+            options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+        elif typing.get_origin(value) is list:
+            options |= {"nargs": options.get("nargs", "+"), "type": typing.get_args(value)[0]}
+        else:
+            options["type"] = value
+        groups[group].add_argument(f"--{field.name}", default=default, **options)
+    return parser
+
+
+def _value_type(annotation: Any) -> Any:
+    """`X | None` -> X."""
+    if isinstance(annotation, types.UnionType):
+        (annotation,) = (part for part in typing.get_args(annotation) if part is not types.NoneType)
+    return annotation
+
+
+def parse(kind: type[A], argv: Sequence[str] | None, description: str, **options) -> A:
+    """The command line as an instance of `kind`. Ends the process with exit code 2 where it cannot be one."""
+    args, rest = parse_known(kind, build_parser(kind, description, **options), argv)
+    assert not rest
+    return args
+
+
+def parse_known(
+    kind: type[A], parser: argparse.ArgumentParser, argv: Sequence[str] | None, others: Iterable[str] | None = None
+) -> tuple[A, list[str]]:
+    """As `parse`, and the words that belong to flags of somebody else.
+
+    Args:
+        others: the names of those flags, such as `--learning_rate`; None: there are none, and no words may be left.
+    """
+    namespace, rest = parser.parse_known_args(argv)
+    known = [option for action in parser._actions for option in action.option_strings] + list(others or ())
+    for word in rest:
+        option = word.split("=")[0]
+        if word.startswith("-") and option not in known:
+            close = difflib.get_close_matches(option, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else "--help lists every flag"
+            parser.error(f"unknown flag {option}; {hint}")
+    if rest and others is None:
+        parser.error(f"'{rest[0]}' belongs to no flag; --help lists every flag")
+    try:
+        return kind(**vars(namespace)), rest
+    except InputError as error:
+        parser.error(str(error))
 
 
 def note(message: str) -> None:
