@@ -5,6 +5,7 @@ The model is the stock `transformers.VisionEncoderDecoderModel`.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from dataclasses import dataclass
@@ -29,6 +30,7 @@ from captioning.model.parts import (
     BUNDLE_HINT,
     DECODER_PRESETS,
     ENCODER_PRESETS,
+    Pixels,
     load_image_processor,
     load_tokenizer,
     read_config,
@@ -50,6 +52,11 @@ class Bundle:
     model: VisionEncoderDecoderModel
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
+
+    @functools.cached_property
+    def pixels(self) -> Pixels:
+        """The image processor in two steps, see `Pixels`."""
+        return Pixels(self.image_processor)
 
 
 # ---- build
