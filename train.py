@@ -173,11 +173,7 @@ def configure(
 
 def check_labels(splits: Mapping[str, Any], bundle: Bundle, data_path: Path, decoder: str) -> None:
     """Refuse labels that the tokenizer does not know, and captions that are longer than the decoder can be."""
-    longest = highest = 0
-    for split in splits.values():
-        for index in range(len(split)):
-            for labels in split.labels(index):
-                longest, highest = max(longest, len(labels)), max(highest, *labels)
+    longest, highest = map(max, zip(*(split.label_extremes() for split in splits.values()), strict=True))
     if highest >= len(bundle.tokenizer):
         raise InputError(
             f"--data_path '{data_path}' was made for another tokenizer than lies in it: its labels hold token "

@@ -381,16 +381,10 @@ def test_a_loss_of_nan_names_the_step_and_its_images(tokenizer, tmp_path, accumu
     compute = trainer.compute_loss
 
     def spoilt(model, inputs, **kwargs):
+        seen.append(inputs["image_id"].tolist())
         return compute(model, inputs, **kwargs) * (float("nan") if len(seen) == 5 else 1.0)
 
-    prepare = trainer._prepare_inputs
-
-    def watched(inputs):
-        seen.append(inputs["image_id"].tolist())
-        return prepare(inputs)
-
     monkeypatch.setattr(trainer, "compute_loss", spoilt)
-    monkeypatch.setattr(trainer, "_prepare_inputs", watched)
     step = -(-5 // accumulation)
     with pytest.raises(InputError) as stopped:
         trainer.train()
@@ -583,7 +577,7 @@ def last_one(ends: str):
     def decode(*args):
         raise InputError("image 7 of the prepared data cannot be read")
 
-    batches.CaptionDataset._decode = decode
+    batches.CaptionDataset.image = decode
 
 
 @pytest.mark.parametrize(("ends", "code"), [("killed", -signal.SIGKILL), ("with an error", 2)])
