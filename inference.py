@@ -238,7 +238,7 @@ def caption_images(args: argparse.Namespace) -> int:
 
     from captioning.data import images
     from captioning.model import explain, generate, parts
-    from captioning.show import report
+    from captioning.show import pages
 
     pixels = parts.Pixels(bundle.image_processor)
     # Twice what is needed: the decoder may skip detail that nobody will see, the resize stays the one of training.
@@ -277,7 +277,7 @@ def caption_images(args: argparse.Namespace) -> int:
             explanation = explain.explain(bundle, image, args.alternatives, args.explain_layers)
             seconds = time.perf_counter() - began
             words = [vars(word) for word in explanation.words]
-            report.draw_explanation(image, explanation.caption.text, words, args.explain, region=explanation.region)
+            pages.draw_explanation(image, explanation.caption.text, words, args.explain, region=explanation.region)
             cli.note(f"explanation written to {args.explain}")
             yield path, explanation.alternatives, seconds
 

@@ -576,7 +576,22 @@ def train(args: argparse.Namespace, training) -> int:
         # Epochs, or true for all of them: infinity is no JSON.
         names = {"encoder": args.encoder, "decoder": args.decoder, "freeze_encoder": frozen or args.freeze_encoder}
         recipe = {flag: getattr(args, flag) for flag in RECIPE}
-        run_folder.write(args.output_dir, trainer, splits["test"], validation, test, names, recipe, description, kept)
+        run = run_folder.Run(
+            predictions=trainer.predictions,
+            validation=validation,
+            test=test,
+            log_history=trainer.state.log_history,
+            steps=trainer.state.global_step,
+            kept=kept,
+            names=names,
+            recipe=recipe,
+            learning_rates=trainer.learning_rates,
+            settings=training.to_sanitized_dict(),
+            decoding=net.generation_config.to_diff_dict(),
+            description=description,
+            tensorboard=run_folder.tensorboard_log(trainer.callback_handler.callbacks),
+        )
+        run_folder.write(args.output_dir, run, splits["test"])
         print(table(validation, test))
         say(f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ...")
     if training.push_to_hub:
