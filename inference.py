@@ -360,7 +360,7 @@ def explained(
 ) -> Iterator[tuple[Picture, list[Caption], float]]:
     """As `captions`, and draw where the model looked."""
     from captioning.model import explain
-    from captioning.show import report
+    from captioning.show import pages
 
     for picture in pictures:
         began = time.perf_counter()
@@ -368,7 +368,7 @@ def explained(
         seconds = time.perf_counter() - began
         words = [vars(word) for word in explanation.words]
         text, region = explanation.caption.text, explanation.region
-        report.draw_explanation(picture.content, text, words, args.explain, region=region)
+        pages.draw_explanation(picture.content, text, words, args.explain, region=region)
         cli.note(f"explanation written to {args.explain}")
         yield picture, explanation.alternatives, seconds
 

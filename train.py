@@ -101,9 +101,22 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
     if trainer.is_world_process_zero():
         # Epochs, or true for all of them: infinity is no JSON.
         names = {**names, "freeze_encoder": frozen or args.freeze_encoder}
-        run_folder.write(
-            args.output_dir, trainer, splits["test"], validation, test.scores, names, args.recipe(), description, kept
+        run = run_folder.Run(
+            predictions=test.predictions,
+            validation=validation,
+            test=test.scores,
+            log_history=trainer.state.log_history,
+            steps=trainer.state.global_step,
+            kept=kept,
+            names=names,
+            recipe=args.recipe(),
+            learning_rates=trainer.learning_rates,
+            settings=training.to_sanitized_dict(),
+            decoding=bundle.model.generation_config.to_diff_dict(),
+            description=description,
+            tensorboard=run_folder.tensorboard_log(trainer.callback_handler.callbacks),
         )
+        run_folder.write(args.output_dir, run, splits["test"])
         print(table(validation, test.scores))
         say(f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ...")
     if training.push_to_hub:
