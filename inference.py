@@ -157,7 +157,7 @@ def load_model(args: Arguments) -> Bundle:
     parts.quiet_transformers()
     bundle = captioner.load(args.model_path)
     try:
-        bundle.model.to(torch.device(args.device or _best_device(torch)))
+        bundle.to(torch.device(args.device or _best_device(torch)))
     except (RuntimeError, AssertionError) as error:
         raise InputError(f"--device '{args.device}' cannot be used: {str(error).splitlines()[0]}") from None
     for name in ("num_beams", "max_new_tokens"):
@@ -362,6 +362,7 @@ def explained(
     from captioning.model import explain
     from captioning.show import pages
 
+    assert args.explain is not None
     for picture in pictures:
         began = time.perf_counter()
         explanation = explain.explain(bundle, picture.content, args.alternatives, args.explain_layers)
@@ -407,6 +408,7 @@ def score(args: Arguments) -> int:
     from captioning.data.folder import load_prepared
     from captioning.scores import metrics
 
+    assert args.data_path is not None
     splits, description = load_prepared(args.data_path)
     split = splits[args.split]
     references = dict(zip(split.image_id, split.captions, strict=True))

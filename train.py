@@ -229,7 +229,7 @@ def cache_features(
     """Give every data set the frozen encoder's output, computed now or earlier, in the place of pixels."""
     from captioning.training.features import FeatureCache
 
-    bundle.model.to(training.device)
+    bundle.to(training.device)
     folder, batch_size = args.data_path / ".features", training.per_device_eval_batch_size
     cache = FeatureCache(bundle, folder, batch_size, say, precision(training))
     for name, dataset in datasets.items():

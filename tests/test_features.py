@@ -161,5 +161,7 @@ def test_variants_are_cached_apart_and_taken_in_turn(bundle_and_data, prepared, 
     live = bundle.model.encoder.eval()(pixel_values=live).last_hidden_state[0].detach().numpy()
     np.testing.assert_allclose(cached[2][8].astype(np.float32), live, atol=4e-3)
     other = batches.CaptionDataset(rows, plain.pixels, augment=True, seed=4)
-    names = {features.fingerprint(bundle, d, v) for d in (dataset, other) for v in (0, 1, 2)}
+    names = {
+        features.FeatureCache(bundle, tmp_path, 4, print).fingerprint(d, v) for d in (dataset, other) for v in (0, 1, 2)
+    }
     assert len(names) == 5, "variant 0 does not depend on the seed"

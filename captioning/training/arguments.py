@@ -266,7 +266,9 @@ def values(words: Sequence[str]) -> dict[str, str]:
 @functools.cache
 def training_argument_types() -> dict[str, str]:
     """{name: annotation without `| None`} of the Trainer's flags, read from its source: importing it takes seconds."""
-    package = Path(importlib.util.find_spec("transformers").submodule_search_locations[0])
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.submodule_search_locations
+    package = Path(spec.submodule_search_locations[0])
     fields = {}
     for file in ("training_args.py", "training_args_seq2seq.py"):
         for node in ast.parse((package / file).read_text(encoding="utf-8")).body:
@@ -346,7 +348,7 @@ def check(training: Seq2SeqTrainingArguments) -> None:
     metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
     if metric not in SCORE_NAMES:
         raise InputError(f"--metric_for_best_model '{metric}' is not a score; choose from {', '.join(SCORE_NAMES)}")
-    for tracker in training.report_to:
+    for tracker in training.report_to or ():
         if tracker in ("tensorboard", "wandb", "mlflow") and importlib.util.find_spec(tracker) is None:
             raise InputError(f"--report_to {tracker} needs that package: pip install {tracker}")
 

@@ -13,6 +13,7 @@ import contextlib
 import functools
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerCallback, VisionEncoderDecoderModel
@@ -30,7 +31,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         kwargs: those of `Seq2SeqTrainer`.
     """
 
-    def __init__(self, **kwargs):
+    def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
         self.add_callback(Resumed(self))
         self.losses = LossWatch()
@@ -152,6 +153,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         `strict=False`: the encoder then silently keeps the weights it had. `from_pretrained` knows the names.
         """
         saved = VisionEncoderDecoderModel.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
+        assert self.model is not None
         self.model.load_state_dict(saved.state_dict())
 
 

@@ -27,7 +27,7 @@ from captioning.model.generate import decode, generate_tokens
 from captioning.model.packing import IGNORED, LabelledProjection, decoder_mask
 from captioning.scores.metrics import coco_scores
 from captioning.scores.names import SCORE_NAMES
-from captioning.training.batches import LengthSampler
+from captioning.training.batches import Collator, LengthSampler
 from captioning.training.progress import Progress, Throughput
 from captioning.training.resumable import ResumableTrainer
 from captioning.training.self_critical import SelfCritical, switch_off_dropout
@@ -109,7 +109,9 @@ class CaptionTrainer(ResumableTrainer):
         super().__init__(model=bundle.model, processing_class=bundle.tokenizer, compute_metrics=self._score, **kwargs)
         self.model_accepts_loss_kwargs = True  # or the Trainer would not count an update's tokens
         self.bundle = bundle
+        self.collator: Collator = kwargs["data_collator"]
         self.references = references
+        self.training_images = len(kwargs.get("train_dataset") or ())
         self.waiting = dict(waiting or {})
         self.self_critical = self_critical
         self.learning_rates = {part: learning_rates.get(part, self.args.learning_rate) for part in PARTS}
@@ -162,19 +164,21 @@ class CaptionTrainer(ResumableTrainer):
 
     def _self_critical_loss(self, model, batch, num_items) -> torch.Tensor:
         """Sample captions of the batch's images, and compute the loss that makes the better ones likelier."""
-        self.model.eval()
+        net, settings = self.bundle.model, self.self_critical
+        assert settings is not None
+        net.eval()
         with torch.no_grad(), self.accelerator.autocast():
             if "features" in batch:
                 features = batch["features"].float()
             else:
                 pixels = self.bundle.pixels.normalise(batch["pixel_values"])
-                features = self.bundle.model.encoder(pixels).last_hidden_state
-            samples = self.self_critical.sample(self.bundle, features, batch["image_id"].tolist())
-        switch_off_dropout(self.model)
-        rows = self._prepare_inputs(self.data_collator.rows(samples.captions))
+                features = net.encoder(pixels).last_hidden_state
+            samples = settings.sample(self.bundle, features, batch["image_id"].tolist())
+        switch_off_dropout(net)
+        rows = self._prepare_inputs(self.collator.rows(samples.captions))
         out = self.forward(model, {**batch, **rows})
         self.rewards.append(samples.reward)
-        return self.self_critical.loss(out.logits, out.labels, samples.advantages, num_items)
+        return settings.loss(out.logits, out.labels, samples.advantages, num_items)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self.rewards and "loss" in logs:
@@ -217,7 +221,7 @@ class CaptionTrainer(ResumableTrainer):
         if self.optimizer is not None:
             return super().create_optimizer(model)
         optimizer = super().create_optimizer(model)
-        parts = {id(parameter): part_of(name) for name, parameter in self.model.named_parameters()}
+        parts = {id(parameter): part_of(name) for name, parameter in self.bundle.model.named_parameters()}
         groups = []
         for part in PARTS:
             for group in optimizer.param_groups:
@@ -280,7 +284,7 @@ class CaptionTrainer(ResumableTrainer):
 
     def _updates_per_epoch(self) -> int:
         together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return math.ceil(len(self.train_dataset) / together)
+        return math.ceil(self.training_images / together)
 
     # ---- checkpoints
 
@@ -301,7 +305,7 @@ class CaptionTrainer(ResumableTrainer):
     def score(self, dataset) -> Scored:
         """Caption every image of a split once, and score the captions against all of their references."""
         prefix = "scored"
-        metrics = self.predict(dataset, metric_key_prefix=prefix).metrics
+        metrics = self.predict(dataset, metric_key_prefix=prefix).metrics or {}
         scores = {key: metrics[f"{prefix}_{key}"] for key in SCORE_NAMES if f"{prefix}_{key}" in metrics}
         return Scored(scores, dict(self.predictions))
 
