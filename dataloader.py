@@ -245,7 +245,7 @@ def summarise(
 
 def draw_preview(path: Path, splits: dict[str, folder.Split], chosen: choose.Chosen) -> None:
     """Write `--preview`: the first images of each split, and the first that were dropped for each reason."""
-    from captioning.show import report
+    from captioning.show import pages
 
     kept, dropped = [], []
     for name, split in splits.items():
@@ -261,7 +261,7 @@ def draw_preview(path: Path, splits: dict[str, folder.Split], chosen: choose.Cho
                 picture = None
             dropped.append({"image": picture, "title": f"image {record.image_id}", "reason": reason})
     counts = sum(map(len, splits.values())), sum(chosen.dropped.values())
-    report.draw_contact_sheet(kept, dropped, path, counts)
+    pages.draw_contact_sheet(kept, dropped, path, counts)
     cli.note(f"preview written to {path}")
 
 

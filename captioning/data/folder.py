@@ -317,6 +317,17 @@ class Split:
             lengths += [list(itertools.islice(of_captions, count)) for count in counts]
         return lengths
 
+    def label_extremes(self) -> tuple[int, int]:
+        """The tokens of the longest caption, EOS included, and the highest token id."""
+        from pyarrow import compute
+
+        longest = highest = 0
+        for chunk in self._chunks("labels"):
+            captions = chunk.flatten()
+            longest = max(longest, compute.max(compute.list_value_length(captions)).as_py() or 0)
+            highest = max(highest, compute.max(captions.flatten()).as_py() or 0)
+        return longest, highest
+
     def image(self, index: int) -> PIL.Image.Image:
         """An image in mode RGB.
 
@@ -347,20 +358,6 @@ class Split:
         """A column, up to 1024 rows at a time; other columns are not read."""
         for table in self.rows.select_columns(column).with_format("arrow").iter(1024):
             yield from table[column].chunks
-
-    # A bridge for callers that still take a split for a `datasets.Dataset`.
-
-    def __getitem__(self, key: int | str) -> Any:
-        if isinstance(key, str):
-            return self._list(key)
-        row = self.rows.select_columns([name for name in self.rows.column_names if name != "image"])[key]
-        return {**row, "image": self.image(key)}
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
-
-    def select_columns(self, names: list[str]) -> datasets.Dataset:
-        return self.rows.select_columns(names)
 
 
 def load_prepared(folder: Path) -> tuple[dict[str, Split], dict[str, Any]]:
