@@ -73,6 +73,17 @@ class Split:
             lengths += (begins[1:] - begins[:-1]).tolist()
         return lengths
 
+    def label_extremes(self) -> tuple[int, int]:
+        """The tokens of the longest caption, EOS included, and the highest token id."""
+        from pyarrow import compute
+
+        longest = highest = 0
+        for chunk in self._chunks("labels"):
+            captions = chunk.flatten()
+            longest = max(longest, compute.max(compute.list_value_length(captions)).as_py() or 0)
+            highest = max(highest, compute.max(captions.flatten()).as_py() or 0)
+        return longest, highest
+
     def image(self, index: int) -> PIL.Image.Image:
         """An image in mode RGB.
 
