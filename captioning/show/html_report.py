@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
-from markupsafe import Markup
 from PIL import Image
 
 from captioning.scores import metrics, ptb
@@ -103,8 +102,8 @@ def _template() -> jinja2.Template:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        # Every value passes here, and is escaped after it. What a macro made is Markup, whose values have passed.
-        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
+        # Every value passes here and is escaped afterwards, but for the HTML of a macro, whose own values have passed.
+        finalize=lambda value: value if hasattr(value, "__html__") else printable(value),
     )
     environment.filters |= {"printable": printable, "thousands": "{:,}".format}
     return environment.get_template("report.html.jinja")
