@@ -123,8 +123,9 @@ def give_patch_states(encoder: Any, what: str) -> None:
 
 def _flatten(encoder, inputs, outputs):
     states = outputs[0]
-    if torch.is_tensor(states) and states.dim() == 4:
-        return BaseModelOutput(last_hidden_state=states.flatten(2).transpose(1, 2))
+    if torch.is_tensor(states) and (states.dim() == 4 or not hasattr(outputs, "attentions")):
+        # VisionEncoderDecoderModel asks for attentions, which those without any attention do not name.
+        return BaseModelOutput(last_hidden_state=states.flatten(2).transpose(1, 2) if states.dim() == 4 else states)
     return outputs
 
 
