@@ -47,7 +47,7 @@ def test_dashes_and_underscores_are_the_same():
 def test_help_says_each_default_once():
     text = " ".join(cli.build_parser(Arguments, "A test.").format_help().split())
     assert "100 % of them (default: 2000)" in text and "(default: here)" in text and "(default: on)" in text
-    assert text.count("(default") == 3
+    assert text.count("(default") == 4
 
 
 @pytest.mark.parametrize(
