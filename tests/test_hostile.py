@@ -43,9 +43,9 @@ def folder(tmp_path):
             add_cross_attention=True,
         )
     )
-    captioner = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+    net = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
     image_processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    captioner.save(captioner.Bundle(captioner, tokenizer, image_processor), tmp_path / "captioner")
+    captioner.save(captioner.Bundle(net, tokenizer, image_processor), tmp_path / "captioner")
     encoder.save_pretrained(tmp_path / "encoder")
     decoder.save_pretrained(tmp_path / "decoder")
     for part in ("encoder", "decoder"):
@@ -94,7 +94,8 @@ def test_pickled_weights_do_not_run(name, how, folder):
         else:
             (part / name).write_bytes(pickle.dumps(Payload(mark)))
     refusals = open_everything(folder)
-    assert all("holds pickled weights" in refusal for refusal in refusals[:3])
+    reason = "asks to run code when it is opened" if name == "pytorch_model.bin" else "not a name that transformers"
+    assert all(reason in refusal for refusal in refusals[:3])
     assert not mark.exists()
     torch.load(folder / "encoder" / name, weights_only=False) if how == "torch" else pickle.loads(
         (folder / "encoder" / name).read_bytes()
