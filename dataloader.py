@@ -539,7 +539,7 @@ def describe(splits, chosen: Chosen, truncated: int, args: argparse.Namespace, s
 
 def draw_preview(path: Path, splits, chosen: Chosen) -> None:
     """Write `--preview`: the first images of each split, and the first that were dropped for each reason."""
-    from captioning.show import report
+    from captioning.show import pages
 
     kept, dropped = [], []
     for split, rows in splits.items():
@@ -553,7 +553,7 @@ def draw_preview(path: Path, splits, chosen: Chosen) -> None:
             picture = None
         dropped.append({"image": picture, "title": f"image {record.image_id}", "reason": reason})
     counts = sum(map(len, splits.values())), sum(chosen.dropped.values())
-    report.draw_contact_sheet(kept, dropped, path, counts)
+    pages.draw_contact_sheet(kept, dropped, path, counts)
     cli.note(f"preview written to {path}")
 
 

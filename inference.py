@@ -16,116 +16,200 @@ Exit code 0: all done; 1: some images of several failed, listed on stderr; 2: ba
 
 from __future__ import annotations
 
-import argparse
 import glob
 import json
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from captioning import InputError, cli
+from captioning.cli import flag
 from captioning.files import write_whole
+
+if TYPE_CHECKING:
+    from captioning.model.captioner import Bundle
+    from captioning.model.explain import Caption
 
 MOST_ALTERNATIVES = 100  # each is a beam, which takes memory
 IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
+WHAT, FORM = "what to caption", "what to say"
+HOW = "how (default: what the model was saved with)"
+PAGE, SCORE = "a page in the browser instead (pip install gradio)", "scoring instead"
 
-def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Caption images, or score captions.", allow_abbrev=False)
-    what = parser.add_argument_group("what to caption")
-    what.add_argument("--image_path", nargs="+", metavar="PATH", help="URLs, files, folders or globs")
-    what.add_argument("--model_path", default="vit-gpt2-coco", help="a run folder (default: ./vit-gpt2-coco)")
 
-    form = parser.add_argument_group("what to say")
-    form.add_argument("--output", type=Path, metavar="FILE", help="write a JSON list of {path, caption}")
-    form.add_argument(
-        "--json",
-        action="store_true",
-        help="a line of JSON for each image: caption, score, tokens with log-probabilities, alternatives, seconds",
+@dataclass(frozen=True)
+class Arguments:
+    """The flags.
+
+    Raises:
+        InputError: a value cannot be, or two flags exclude each other.
+    """
+
+    image_path: list[str] | None = flag(None, WHAT, "URLs, files, folders or globs", metavar="PATH")
+    model_path: str = flag("vit-gpt2-coco", WHAT, "a run folder (default: ./vit-gpt2-coco)")
+
+    output: Path | None = flag(None, FORM, "write a JSON list of {path, caption}", metavar="FILE")
+    json: bool = flag(
+        False,
+        FORM,
+        "a line of JSON for each image: caption, score, tokens with log-probabilities, alternatives, seconds",
     )
-    form.add_argument(
-        "--alternatives",
-        type=int,
-        default=1,
+    alternatives: int = flag(
+        1,
+        FORM,
+        "the K best captions, each after its score, the mean log-probability of its tokens; searches with K beams at "
+        "least",
         metavar="K",
-        help="the K best captions, each after its score, the mean log-probability of its tokens; searches with K "
-        "beams at least (default: 1)",
     )
-    form.add_argument(
-        "--explain", type=Path, metavar="PNG", help="also draw one image and, for each word, where the model looked"
+    explain: Path | None = flag(
+        None, FORM, "also draw one image and, for each word, where the model looked", metavar="PNG"
     )
-    form.add_argument(
-        "--explain_layers",
-        type=int,
-        nargs="+",
+    explain_layers: list[int] | None = flag(
+        None,
+        FORM,
+        "decoder layers whose attention is averaged, 0 is the first and -1 the last (default: all)",
         metavar="N",
-        help="decoder layers whose attention is averaged, 0 is the first and -1 the last (default: all)",
     )
 
-    how = parser.add_argument_group("how (default: what the model was saved with)")
-    how.add_argument("--num_beams", type=int, help="captions considered side by side; 1 is greedy")
-    how.add_argument("--max_new_tokens", type=int, help="longest caption, in tokens")
-    how.add_argument("--batch_size", type=int, default=16, help="images at a time (default: 16)")
-    how.add_argument("--device", help="cpu, cuda, cuda:1, mps (default: the best there is)")
+    num_beams: int | None = flag(None, HOW, "captions considered side by side; 1 is greedy")
+    max_new_tokens: int | None = flag(None, HOW, "longest caption, in tokens")
+    batch_size: int = flag(16, HOW, "images at a time")
+    device: str | None = flag(None, HOW, "cpu, cuda, cuda:1, mps (default: the best there is)")
 
-    page = parser.add_argument_group("a page in the browser instead (pip install gradio)")
-    page.add_argument("--serve", action="store_true", help="drop an image or paste its address, see where it looked")
-    page.add_argument("--port", type=int, default=7860, help="(default: 7860)")
-    page.add_argument("--host", default="127.0.0.1", help="where to listen (default: 127.0.0.1, this machine only)")
+    serve: bool = flag(False, PAGE, "drop an image or paste its address, see where it looked")
+    port: int = flag(7860, PAGE, "where to listen")
+    host: str = flag("127.0.0.1", PAGE, "where to listen (default: 127.0.0.1, this machine only)")
 
-    score = parser.add_argument_group("scoring instead")
-    score.add_argument(
-        "--data_path", type=Path, help="a folder of dataloader.py: caption one of its splits and score it"
+    data_path: Path | None = flag(None, SCORE, "a folder of dataloader.py: caption one of its splits and score it")
+    split: str = flag("test", SCORE, "which of them", choices=("train", "validation", "test"))
+    predictions: Path | None = flag(
+        None, SCORE, "score these captions (COCO results format), without a model", metavar="FILE"
     )
-    score.add_argument("--split", default="test", choices=("train", "validation", "test"), help="(default: test)")
-    score.add_argument(
-        "--predictions",
-        type=Path,
-        metavar="FILE",
-        help="score these captions (COCO results format), without a model",
-    )
-    parser.add_argument("--debug", action="store_true", help="show the traceback of every error")
-    args = parser.parse_args(argv)
+    debug: bool = cli.debug_flag()
 
-    for name in ("num_beams", "max_new_tokens", "batch_size"):
-        value = getattr(args, name)
-        if value is not None and value < 1:
-            parser.error(f"--{name} {value} is below 1")
-    if not 1 <= args.alternatives <= MOST_ALTERNATIVES:
-        parser.error(f"--alternatives {args.alternatives} is not between 1 and {MOST_ALTERNATIVES}")
-    for name in ("json", "explain", "alternatives"):
-        if args.data_path and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} is for --image_path, not for scoring a split")
-    if args.explain_layers and not (args.explain or args.serve):
-        parser.error("--explain_layers needs --explain or --serve")
-    for name in ("image_path", "data_path", "output", "json", "explain"):
-        if args.serve and getattr(args, name):
-            parser.error(f"--{name} has no use with --serve")
-    for name in ("port", "host"):
-        if not args.serve and getattr(args, name) != parser.get_default(name):
-            parser.error(f"--{name} needs --serve")
-    if not 1 <= args.port <= 65535:
-        parser.error(f"--port {args.port} is not between 1 and 65535")
-    if args.predictions and not args.data_path:
-        parser.error("--predictions needs --data_path, which holds the references")
-    if not args.serve and bool(args.image_path) == bool(args.data_path):
-        parser.error("give --image_path to caption images, or --data_path to score a split")
-    for name in ("output", "explain"):
-        file = getattr(args, name)
-        if file and not file.parent.is_dir():
-            parser.error(f"--{name} '{file}': there is no folder '{file.parent}'")
-        if file and file.is_dir():
-            parser.error(f"--{name} '{file}' is a folder; name a file")
-    if args.predictions and args.output:
-        parser.error("--output has no use with --predictions: the scores are written beside that file")
-    if not args.predictions and "/" not in args.model_path and not Path(args.model_path).is_dir():
-        parser.error(f"--model_path '{args.model_path}' is not a folder; did you run train.py?")
-    if args.data_path and not (args.data_path / "dataset.json").is_file():
-        parser.error(f"--data_path '{args.data_path}' is not a folder of dataloader.py; did you run it?")
-    return args
+    def __post_init__(self):
+        for name in ("num_beams", "max_new_tokens", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise InputError(f"--{name} {value} is below 1")
+        if not 1 <= self.alternatives <= MOST_ALTERNATIVES:
+            raise InputError(f"--alternatives {self.alternatives} is not between 1 and {MOST_ALTERNATIVES}")
+        if not 1 <= self.port <= 65535:
+            raise InputError(f"--port {self.port} is not between 1 and 65535")
+        self._check_combinations()
+        self._check_paths()
+
+    def _check_combinations(self) -> None:
+        if self.data_path and (self.json or self.explain or self.alternatives > 1):
+            wrong = "json" if self.json else "explain" if self.explain else "alternatives"
+            raise InputError(f"--{wrong} is for --image_path, not for scoring a split")
+        if self.explain_layers and not (self.explain or self.serve):
+            raise InputError("--explain_layers needs --explain or --serve")
+        for name in ("image_path", "data_path", "output", "json", "explain"):
+            if self.serve and getattr(self, name):
+                raise InputError(f"--{name} has no use with --serve")
+        for name, default in (("port", 7860), ("host", "127.0.0.1")):
+            if not self.serve and getattr(self, name) != default:
+                raise InputError(f"--{name} needs --serve")
+        if self.predictions and not self.data_path:
+            raise InputError("--predictions needs --data_path, which holds the references")
+        if not self.serve and bool(self.image_path) == bool(self.data_path):
+            raise InputError("give --image_path to caption images, or --data_path to score a split")
+        if self.predictions and self.output:
+            raise InputError("--output has no use with --predictions: the scores are written beside that file")
+
+    def _check_paths(self) -> None:
+        for name in ("output", "explain"):
+            file = getattr(self, name)
+            if file and not file.parent.is_dir():
+                raise InputError(f"--{name} '{file}': there is no folder '{file.parent}'")
+            if file and file.is_dir():
+                raise InputError(f"--{name} '{file}' is a folder; name a file")
+        if not self.predictions and "/" not in self.model_path and not Path(self.model_path).is_dir():
+            raise InputError(f"--model_path '{self.model_path}' is not a folder; did you run train.py?")
+        if self.data_path and not (self.data_path / "dataset.json").is_file():
+            raise InputError(f"--data_path '{self.data_path}' is not a folder of dataloader.py; did you run it?")
+
+
+def main(argv: list[str] | None = None) -> int:
+    args = cli.parse(Arguments, argv, "Caption images, or score captions.")
+    if args.serve:
+        from captioning.show import serve
+
+        serve.check_gradio()
+        alternatives = args.alternatives if args.alternatives > 1 else 0
+        serve.serve(load_model(args), args.host, args.port, alternatives, args.explain_layers)
+        return 0
+    return score(args) if args.data_path else caption_images(args)
+
+
+def load_model(args: Arguments) -> Bundle:
+    """The bundle on its device, with the decoding settings of the command line."""
+    import torch
+
+    from captioning.model import captioner, parts
+
+    parts.quiet_transformers()
+    bundle = captioner.load(args.model_path)
+    try:
+        bundle.to(torch.device(args.device or _best_device(torch)))
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device '{args.device}' cannot be used: {str(error).splitlines()[0]}") from None
+    for name in ("num_beams", "max_new_tokens"):
+        if getattr(args, name):
+            setattr(bundle.model.generation_config, name, getattr(args, name))
+    positions = bundle.model.decoder.config.max_position_embeddings
+    longest = bundle.model.generation_config.max_new_tokens or 0
+    if longest >= positions:
+        raise InputError(f"--max_new_tokens {longest} is too long; the decoder has {positions} positions")
+    return bundle
+
+
+def _best_device(torch) -> str:
+    if torch.cuda.is_available():
+        return "cuda"
+    return "mps" if torch.backends.mps.is_available() else "cpu"
+
+
+# ---- captions of images
+
+
+def caption_images(args: Arguments) -> int:
+    """Caption `--image_path`; returns the exit code."""
+    paths = expand(args.image_path or [])
+    if args.explain and len(paths) > 1:
+        raise InputError(f"--explain draws one image, and --image_path names {len(paths):,}; give one of them")
+    if not any("://" in path or os.path.isfile(path) for path in paths):
+        # Nothing to caption at all: say so before the model is loaded.
+        from captioning.data import images
+
+        images.read_bytes(paths[0])
+    bundle = load_model(args)
+    failures: list[str] = []
+    entries = []
+    for entry in make_entries(paths, bundle, args, failures):
+        if args.output:
+            entries.append(entry)
+        else:
+            print(shown(entry, args, named=len(paths) > 1), flush=True)
+    done = len(paths) - len(failures)
+    if len(paths) == 1 and failures:
+        raise InputError(failures[0])
+    if args.output:
+        lines = "".join(json_line(entry) + "\n" for entry in entries)
+        write_whole(args.output, lines if args.json else json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+        cli.note(f"{done:,} captions written to {args.output}")
+    if failures:
+        cli.note(f"{len(failures):,} of {len(paths):,} images could not be captioned:")
+        for failure in failures:
+            cli.note(f"  {failure}")
+        return 1 if done else 2
+    return 0
 
 
 def expand(paths: list[str]) -> list[str]:
@@ -152,152 +236,23 @@ def _is_image(file: Path) -> bool:
     return file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
 
 
-def load_model(args: argparse.Namespace):
-    """The bundle on its device, with the decoding settings of the command line."""
-    import torch
-
-    from captioning.model import captioner, parts
-
-    parts.quiet_transformers()
-    bundle = captioner.load(args.model_path)
-    try:
-        device = torch.device(args.device or _best_device(torch))
-        bundle.model.to(device)
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device '{args.device}' cannot be used: {str(error).splitlines()[0]}") from None
-    for name in ("num_beams", "max_new_tokens"):
-        if getattr(args, name):
-            setattr(bundle.model.generation_config, name, getattr(args, name))
-    positions = bundle.model.decoder.config.max_position_embeddings
-    longest = bundle.model.generation_config.max_new_tokens or 0
-    if longest >= positions:
-        raise InputError(f"--max_new_tokens {longest} is too long; the decoder has {positions} positions")
-    return bundle
-
-
-def _best_device(torch) -> str:
-    if torch.cuda.is_available():
-        return "cuda"
-    return "mps" if torch.backends.mps.is_available() else "cpu"
-
-
-def captions(
-    bundle,
-    pictures: Iterator[tuple[Any, Any]],
-    batch_size: int,
-    total: int,
-    generate: Callable[[Any, Any], list[Any]],
-) -> Iterator[tuple[Any, Any, float]]:
-    """(key, uint8 pixels) pairs -> (key, what `generate` makes of them, its share of the seconds), a batch at a time.
-
-    `generate` takes the bundle and normalised pixels, (batch, channels, height, width).
-    """
-    import numpy as np
-    import torch
-    from tqdm import tqdm
-
-    from captioning.model import parts
-
-    pixels = parts.Pixels(bundle.image_processor)
-    waiting: list[tuple[Any, Any]] = []
-    bar = tqdm(total=total, unit="image", file=sys.stderr, disable=total <= batch_size)
-
-    def flush() -> Iterator[tuple[Any, Any, float]]:
-        if not waiting:
-            return
-        keys, images = zip(*waiting, strict=True)
-        waiting.clear()
-        began = time.perf_counter()
-        stacked = torch.from_numpy(np.stack(images)).to(bundle.model.device)
-        made = generate(bundle, pixels.normalise(stacked))
-        seconds = (time.perf_counter() - began) / len(keys)
-        yield from ((key, one, seconds) for key, one in zip(keys, made, strict=True))
-        bar.update(len(keys))
-
-    with bar:
-        for picture in pictures:
-            waiting.append(picture)
-            if len(waiting) == batch_size:
-                yield from flush()
-        yield from flush()
-
-
-def caption_images(args: argparse.Namespace) -> int:
-    """Caption `--image_path`; returns the exit code."""
-    paths = expand(args.image_path)
-    if args.explain and len(paths) > 1:
-        raise InputError(f"--explain draws one image, and --image_path names {len(paths):,}; give one of them")
-    if not any("://" in path or os.path.isfile(path) for path in paths):
-        # Nothing to caption at all: say so before the model is loaded.
-        from captioning.data import images
-
-        images.read_bytes(paths[0])
-    bundle = load_model(args)
-
-    from concurrent.futures import ThreadPoolExecutor
-
-    from captioning.data import images
+def make_entries(paths: list[str], bundle: Bundle, args: Arguments, failures: list[str]) -> Iterator[dict[str, Any]]:
+    """What `--json` says of each image that can be read; the reasons why others cannot are added to `failures`."""
     from captioning.model import explain, generate, parts
-    from captioning.show import report
 
-    pixels = parts.Pixels(bundle.image_processor)
     # Twice what is needed: the decoder may skip detail that nobody will see, the resize stays the one of training.
     side = 2 * parts.resized_side(bundle.image_processor)
-    failures: list[str] = []
-    read_seconds: dict[str, float] = {}
-
-    def read(path: str):
-        began = time.perf_counter()
-        try:
-            image = images.open_image(path, min_side=side)
-            result = image if args.explain else pixels(image)
-        except InputError as error:
-            return error
-        read_seconds[path] = time.perf_counter() - began
-        return result
-
-    def pictures() -> Iterator[tuple[str, Any]]:
-        # Decoded in the background while the model works, a few batches ahead and no more.
-        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-            ahead = max(2 * args.batch_size, 16)
-            futures = {}
-            for position, path in enumerate(paths):
-                for later in paths[max(position, len(futures)) : position + ahead]:
-                    futures[later] = pool.submit(read, later)
-                result = futures[path].result()
-                futures[path] = None
-                if isinstance(result, InputError):
-                    failures.append(str(result))
-                else:
-                    yield path, result
-
-    def explained() -> Iterator[tuple[str, Any, float]]:
-        for path, image in pictures():
-            began = time.perf_counter()
-            explanation = explain.explain(bundle, image, args.alternatives, args.explain_layers)
-            seconds = time.perf_counter() - began
-            words = [vars(word) for word in explanation.words]
-            report.draw_explanation(image, explanation.caption.text, words, args.explain, region=explanation.region)
-            cli.note(f"explanation written to {args.explain}")
-            yield path, explanation.alternatives, seconds
-
+    pictures = read_images(paths, side, bundle.pixels if args.explain is None else None, args.batch_size, failures)
     if args.explain:
-        made = explained()
+        made = explained(bundle, pictures, args)
     elif args.json or args.alternatives > 1:
-        made = captions(
-            bundle,
-            pictures(),
-            args.batch_size,
-            len(paths),
-            lambda bundle, values: explain.best_captions(bundle, values, args.alternatives),
-        )
+        best = lambda bundle, values: explain.best_captions(bundle, values, args.alternatives)  # noqa: E731
+        made = captions(bundle, pictures, args.batch_size, len(paths), best)
     else:
-        made = captions(bundle, pictures(), args.batch_size, len(paths), generate.generate)
-
-    results = []
-    for path, found, seconds in made:
+        made = captions(bundle, pictures, args.batch_size, len(paths), generate.generate)
+    for picture, found, seconds in made:
         # A file name need not be UTF-8; JSON has to be.
-        entry: dict[str, Any] = {"path": os.fsencode(path).decode("utf-8", "replace")}
+        entry: dict[str, Any] = {"path": os.fsencode(picture.path).decode("utf-8", "replace")}
         if isinstance(found, str):
             entry["caption"] = found
         else:
@@ -306,36 +261,131 @@ def caption_images(args: argparse.Namespace) -> int:
                 entry["tokens"] = token_list(bundle.tokenizer, found[0])
             entry["alternatives"] = [{"caption": one.text, "score": round(one.score, 6)} for one in found]
             if args.json:
-                entry["seconds"] = {"read": round(read_seconds[path], 4), "generate": round(seconds, 4)}
-        results.append(entry)
-        if args.output:
-            continue
-        if args.json:
-            print(json_line(entry), flush=True)
-        else:
-            first = [] if len(paths) == 1 else [cli.printable(path)]
-            rows = [[entry["caption"]]]
-            if args.alternatives > 1:
-                rows = [[f"{one['score']:.4f}", one["caption"]] for one in entry["alternatives"]]
-            print("\n".join("\t".join([*first, *map(cli.printable, row)]) for row in rows), flush=True)
-    if len(paths) == 1 and failures:
-        raise InputError(failures[0])
-    if args.output:
-        if args.json:
-            text = "".join(json_line(entry) + "\n" for entry in results)
-        else:
-            text = json.dumps(results, indent=1, ensure_ascii=False) + "\n"
-        write_whole(args.output, text)
-        cli.note(f"{len(results):,} captions written to {args.output}")
-    if failures:
-        cli.note(f"{len(failures):,} of {len(paths):,} images could not be captioned:")
-        for failure in failures:
-            cli.note(f"  {failure}")
-        return 1 if results else 2
-    return 0
+                entry["seconds"] = {"read": round(picture.seconds, 4), "generate": round(seconds, 4)}
+        yield entry
 
 
-def token_list(tokenizer, caption) -> list[dict[str, Any]]:
+@dataclass(frozen=True)
+class Picture:
+    """An image that was read: an RGB image, or uint8 pixels (3, height, width) ready for the model."""
+
+    path: str
+    content: Any
+    seconds: float  # that reading took
+
+
+def read_images(
+    paths: list[str], side: int, prepare: Callable | None, batch_size: int, failures: list[str]
+) -> Iterator[Picture]:
+    """The images in order, read in the background while the model works, a few batches ahead and no more.
+
+    Args:
+        side: pixels; larger images may be decoded at a smaller size whose shorter side is at least this.
+        prepare: makes pixels of an image; None: the image is given as it is.
+        failures: the reasons of images that cannot be read are added.
+    """
+    from concurrent.futures import Future, ThreadPoolExecutor
+
+    from captioning.data import images
+
+    def read(path: str) -> Picture | InputError:
+        began = time.perf_counter()
+        try:
+            image = images.open_image(path, min_side=side)
+            content = prepare(image) if prepare else image
+        except InputError as error:
+            return error
+        return Picture(path, content, time.perf_counter() - began)
+
+    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+        ahead = max(2 * batch_size, 16)
+        waiting: list[Future] = []
+        for position in range(len(paths) + ahead):
+            if position < len(paths):
+                waiting.append(pool.submit(read, paths[position]))
+            if position >= ahead or position >= len(paths):
+                if not waiting:
+                    return
+                result = waiting.pop(0).result()
+                if isinstance(result, InputError):
+                    failures.append(str(result))
+                else:
+                    yield result
+
+
+def captions(
+    bundle: Bundle,
+    pictures: Iterable[Picture],
+    batch_size: int,
+    total: int,
+    generate: Callable[[Bundle, Any], list[Any]],
+) -> Iterator[tuple[Picture, Any, float]]:
+    """Each picture with what `generate` makes of it, and its share of the seconds, a batch at a time.
+
+    Args:
+        pictures: their contents are uint8 pixels.
+        generate: takes the bundle and normalised pixels, (batch, channels, height, width).
+    """
+    import numpy as np
+    import torch
+    from tqdm import tqdm
+
+    def make(batch: list[Picture]) -> Iterator[tuple[Picture, Any, float]]:
+        began = time.perf_counter()
+        stacked = torch.from_numpy(np.stack([picture.content for picture in batch])).to(bundle.model.device)
+        made = generate(bundle, bundle.pixels.normalise(stacked))
+        seconds = (time.perf_counter() - began) / len(batch)
+        yield from ((picture, one, seconds) for picture, one in zip(batch, made, strict=True))
+
+    with tqdm(total=total, unit="image", file=sys.stderr, disable=total <= batch_size) as bar:
+        for batch in batched(pictures, batch_size):
+            yield from make(batch)
+            bar.update(len(batch))
+
+
+def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
+    """Lists of `size` items; the last may be shorter."""
+    batch = []
+    for item in items:
+        batch.append(item)
+        if len(batch) == size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def explained(
+    bundle: Bundle, pictures: Iterable[Picture], args: Arguments
+) -> Iterator[tuple[Picture, list[Caption], float]]:
+    """As `captions`, and draw where the model looked."""
+    from captioning.model import explain
+    from captioning.show import pages
+
+    assert args.explain is not None
+    for picture in pictures:
+        began = time.perf_counter()
+        explanation = explain.explain(bundle, picture.content, args.alternatives, args.explain_layers)
+        seconds = time.perf_counter() - began
+        words = [vars(word) for word in explanation.words]
+        text, region = explanation.caption.text, explanation.region
+        pages.draw_explanation(picture.content, text, words, args.explain, region=region)
+        cli.note(f"explanation written to {args.explain}")
+        yield picture, explanation.alternatives, seconds
+
+
+def shown(entry: dict[str, Any], args: Arguments, named: bool) -> str:
+    """What stdout says of an image: JSON, or its caption, after its path if it is `named`."""
+    if args.json:
+        return json_line(entry)
+    rows = [[entry["caption"]]]
+    if args.alternatives > 1:
+        rows = [[f"{one['score']:.4f}", one["caption"]] for one in entry["alternatives"]]
+    first = [entry["path"]] if named else []
+    return "\n".join("\t".join(map(cli.printable, [*first, *row])) for row in rows)
+
+
+def token_list(tokenizer, caption: Caption) -> list[dict[str, Any]]:
     """A caption's tokens as they are written to JSON; one that is half a letter reads as a replacement character."""
     texts = tokenizer.batch_decode([[token] for token in caption.tokens], clean_up_tokenization_spaces=False)
     return [
@@ -350,27 +400,23 @@ def json_line(entry: dict[str, Any]) -> str:
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
-def score(args: argparse.Namespace) -> int:
-    """Score a run folder, or a results file, on a split of `--data_path`."""
-    from captioning.data import folder
-    from captioning.model import parts
-    from captioning.scores import metrics
-    from captioning.training import batches
+# ---- scores
 
-    splits, description = folder.load_prepared(args.data_path)
-    rows = splits[args.split]
-    references = dict(zip(rows["image_id"], rows["captions"], strict=True))
+
+def score(args: Arguments) -> int:
+    """Score a run folder, or a results file, on a split of `--data_path`."""
+    from captioning.data.folder import load_prepared
+    from captioning.scores import metrics
+
+    assert args.data_path is not None
+    splits, description = load_prepared(args.data_path)
+    split = splits[args.split]
+    references = dict(zip(split.image_id, split.captions, strict=True))
     if args.predictions:
         predictions = read_predictions(args.predictions, references)
         target = args.predictions.with_name(f"{args.predictions.stem}_scores_per_image.json")
     else:
-        from captioning.model import generate, parts
-
-        bundle = load_model(args)
-        dataset = batches.CaptionDataset(rows, parts.Pixels(bundle.image_processor))
-        pictures = ((row["image_id"], row["pixels"]) for row in (dataset[i] for i in range(len(dataset))))
-        made = captions(bundle, pictures, args.batch_size, len(dataset), generate.generate)
-        predictions = {image_id: caption for image_id, caption, _ in made}
+        predictions = caption_split(split, args)
         results = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
         folder = Path(args.model_path) if Path(args.model_path).is_dir() else Path()
         file = args.output or folder / f"predictions_{args.split}.json"
@@ -383,9 +429,19 @@ def score(args: argparse.Namespace) -> int:
     ]
     write_whole(target, json.dumps(sorted(content, key=lambda row: row["cider_d"]), indent=1) + "\n")
     cli.note(f"scores of each image, the worst first, written to {target}")
-    cli.note(f"{args.split} split, {len(rows):,} images, {description['source']}; {metrics.PROTOCOL}")
+    cli.note(f"{args.split} split, {len(split):,} images, {description['source']}; {metrics.PROTOCOL}")
     print("\n".join(f"{name:<12}{value:>10.4f}" for name, value in scores.items()))
     return 0
+
+
+def caption_split(split, args: Arguments) -> dict[int, str]:
+    """The model's caption of each image of a split, by id."""
+    from captioning.model import generate
+
+    bundle = load_model(args)
+    pictures = (Picture(str(i), bundle.pixels(split.image(n)), 0.0) for n, i in enumerate(split.image_id))
+    made = captions(bundle, pictures, args.batch_size, len(split), generate.generate)
+    return {int(picture.path): caption for picture, caption, _ in made}
 
 
 def read_predictions(file: Path, references: dict[int, list[str]]) -> dict[int, str]:
@@ -415,18 +471,6 @@ def read_predictions(file: Path, references: dict[int, list[str]]) -> dict[int, 
                 "it has to caption each image of the --split once"
             )
     return predictions
-
-
-def main(argv: list[str] | None = None) -> int:
-    args = parse_arguments(argv)
-    if args.serve:
-        from captioning.show import serve
-
-        serve.check_gradio()
-        alternatives = args.alternatives if args.alternatives > 1 else 0
-        serve.serve(load_model(args), args.host, args.port, alternatives, args.explain_layers)
-        return 0
-    return score(args) if args.data_path else caption_images(args)
 
 
 if __name__ == "__main__":

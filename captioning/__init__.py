@@ -1,4 +1,9 @@
-"""What two of the three scripts must do identically."""
+"""What the three scripts share: five rooms, the command line, and files."""
+
+import sys
+
+if sys.version_info < (3, 11):  # noqa: UP036 (said in a sentence, before an import of something else fails)
+    sys.exit(f"Python {sys.version_info[0]}.{sys.version_info[1]} is too old; make the environment with 3.11 or newer")
 
 
 class InputError(Exception):

@@ -96,11 +96,9 @@ def test_pixels_equal_the_image_processor(processor):
 
 
 def test_rows_of_a_prepared_folder(prepared):
-    from datasets import load_from_disk
-
     processor = parts.load_image_processor(prepared)
     split = load_from_disk(str(prepared))["train"]
-    row = batches.CaptionDataset(split, parts.Pixels(processor))[3]
+    row = batches.CaptionDataset(folder.Split(split), parts.Pixels(processor))[3]
     assert row["image_id"] == split[3]["image_id"]
     assert row["labels"] == split[3]["labels"]
     expected = processor(split[3]["image"], do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]
@@ -138,7 +136,7 @@ def test_without_sorting_the_order_is_random_and_every_image_comes_once():
 
 
 def test_an_augmented_image_depends_on_seed_epoch_and_image_alone(prepared):
-    rows = load_from_disk(str(prepared))["train"].select(range(6))
+    rows = folder.load_prepared(prepared)[0]["train"].select(range(6))
     pixels = parts.Pixels(parts.load_image_processor(prepared))
     dataset = batches.CaptionDataset(rows, pixels, augment=True, seed=1)
     plain = batches.CaptionDataset(rows, pixels)

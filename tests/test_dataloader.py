@@ -18,7 +18,7 @@ from test_coco import coco_folder, write
 import dataloader
 from captioning import InputError
 from captioning.model.parts import load_tokenizer
-from captioning.show import report
+from captioning.show import pages
 
 
 def photographs(folder, names, mode="RGB", size=(96, 80)):
@@ -102,8 +102,8 @@ def test_all_there_are_is_said_and_drops_are_counted_by_reason(coco_dir, tmp_pat
 
 def test_the_preview_shows_what_was_kept_and_what_was_dropped_and_why(coco_dir, tmp_path, monkeypatch):
     drawn = []
-    real = report.draw_contact_sheet
-    monkeypatch.setattr(report, "draw_contact_sheet", lambda *arguments: (drawn.append(arguments), real(*arguments)))
+    real = pages.draw_contact_sheet
+    monkeypatch.setattr(pages, "draw_contact_sheet", lambda *arguments: (drawn.append(arguments), real(*arguments)))
     prepare(coco_dir, tmp_path / "data", "--limit_data=0", "--preview", tmp_path / "preview.png")
     kept, dropped, path, counts = drawn[0]
     splits = load_from_disk(str(tmp_path / "data"))

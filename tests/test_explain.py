@@ -5,10 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from encoders import ENCODERS, SIDE
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
-from test_model import ENCODERS, SIDE
 from transformers import ViTConfig
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil

@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
-from datasets import load_from_disk
 from safetensors.torch import load_file
 
 import train
 from captioning import InputError
+from captioning.data.folder import load_prepared
 from captioning.model import captioner, packing, parts
 from captioning.training import batches, features
+from captioning.training.arguments import read
 
 
 @pytest.fixture
@@ -19,12 +20,14 @@ def bundle_and_data(prepared):
     bundle = captioner.Bundle(
         captioner.build("tiny", "tiny", tokenizer), tokenizer, parts.load_image_processor(prepared)
     )
-    rows = load_from_disk(str(prepared))["validation"].select(range(21))
+    rows = load_prepared(prepared)[0]["validation"].select(range(21))
     return bundle, batches.CaptionDataset(rows, parts.Pixels(bundle.image_processor))
 
 
 def compute(bundle, dataset, folder, said=None):
-    return features.cached_features(bundle, dataset, folder, "validation", 4, ([] if said is None else said).append)
+    return features.FeatureCache(bundle, folder, 4, ([] if said is None else said).append).features(
+        dataset, "validation"
+    )
 
 
 def test_cached_features_are_the_live_ones_in_float16(bundle_and_data, tmp_path):
@@ -68,14 +71,14 @@ def test_loss_with_cached_features_equals_the_live_loss(bundle_and_data, tmp_pat
 
 def test_other_weights_images_or_preprocessing_are_other_files(bundle_and_data, tmp_path):
     bundle, dataset = bundle_and_data
-    names = {features.fingerprint(bundle, dataset)}
+    names = {features.FeatureCache(bundle, tmp_path, 4, print).fingerprint(dataset)}
     with torch.no_grad():
         next(bundle.model.encoder.parameters()).add_(1e-3)
-    names.add(features.fingerprint(bundle, dataset))
+    names.add(features.FeatureCache(bundle, tmp_path, 4, print).fingerprint(dataset))
     bundle.image_processor.image_mean = [0.4, 0.5, 0.5]
-    names.add(features.fingerprint(bundle, dataset))
-    dataset.rows = dataset.rows.select(range(20))
-    names.add(features.fingerprint(bundle, dataset))
+    names.add(features.FeatureCache(bundle, tmp_path, 4, print).fingerprint(dataset))
+    dataset.split = dataset.split.select(range(20))
+    names.add(features.FeatureCache(bundle, tmp_path, 4, print).fingerprint(dataset))
     assert len(names) == 4
 
 
@@ -137,16 +140,16 @@ def test_training_on_cached_features_gives_the_live_runs_weights(prepared, tmp_p
 
 def test_caching_a_moving_encoder_is_refused(prepared, tmp_path, capsys):
     with pytest.raises(SystemExit):
-        train.parse_arguments([f"--data_path={prepared}", f"--output_dir={tmp_path}", "--cache_features"])
+        read([f"--data_path={prepared}", f"--output_dir={tmp_path}", "--cache_features"])
     assert "--cache_features needs --freeze_encoder" in capsys.readouterr().err
 
 
 def test_variants_are_cached_apart_and_taken_in_turn(bundle_and_data, prepared, tmp_path):
     bundle, plain = bundle_and_data
-    rows = load_from_disk(str(prepared))["validation"].select(range(21))
+    rows = load_prepared(prepared)[0]["validation"].select(range(21))
     dataset = batches.CaptionDataset(rows, plain.pixels, augment=True, seed=3)
     cached = [
-        features.cached_features(bundle, dataset, tmp_path, "validation", 4, lambda _: None, variant)
+        features.FeatureCache(bundle, tmp_path, 4, lambda _: None).features(dataset, "validation", variant)
         for variant in range(3)
     ]
     assert len(list(tmp_path.glob("*.npy"))) == 3
@@ -158,5 +161,7 @@ def test_variants_are_cached_apart_and_taken_in_turn(bundle_and_data, prepared, 
     live = bundle.model.encoder.eval()(pixel_values=live).last_hidden_state[0].detach().numpy()
     np.testing.assert_allclose(cached[2][8].astype(np.float32), live, atol=4e-3)
     other = batches.CaptionDataset(rows, plain.pixels, augment=True, seed=4)
-    names = {features.fingerprint(bundle, d, v) for d in (dataset, other) for v in (0, 1, 2)}
+    names = {
+        features.FeatureCache(bundle, tmp_path, 4, print).fingerprint(d, v) for d in (dataset, other) for v in (0, 1, 2)
+    }
     assert len(names) == 5, "variant 0 does not depend on the seed"

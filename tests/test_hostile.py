@@ -43,9 +43,9 @@ def folder(tmp_path):
             add_cross_attention=True,
         )
     )
-    captioner = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
+    net = VisionEncoderDecoderModel(encoder=encoder, decoder=decoder)
     image_processor = ViTImageProcessorPil(size={"height": SIDE, "width": SIDE})
-    captioner.save(captioner.Bundle(captioner, tokenizer, image_processor), tmp_path / "captioner")
+    captioner.save(captioner.Bundle(net, tokenizer, image_processor), tmp_path / "captioner")
     encoder.save_pretrained(tmp_path / "encoder")
     decoder.save_pretrained(tmp_path / "decoder")
     for part in ("encoder", "decoder"):

@@ -269,9 +269,9 @@ def test_help_does_not_wait_for_heavy_imports():
         "import sys\n"
         "import dataloader, inference, train\n"
         "for script in (dataloader, inference):\n"
-        "    try: script.parse_arguments(['--help'])\n"
+        "    try: script.main(['--help'])\n"
         "    except SystemExit: pass\n"
-        "try: train.parse_arguments(['--learning_rte=3'])\n"
+        "try: train.main(['--learning_rte=3'])\n"
         "except SystemExit: pass\n"
         "print({'torch', 'transformers', 'datasets', 'numpy'} & set(sys.modules), file=sys.stderr)\n"
     )

@@ -69,7 +69,7 @@ def test_no_script_imports_a_script(name):
 
 
 # Modules besides the rooms of data and scores that a script may need before it needs torch, which takes seconds.
-LIGHT = {"cli.py", "files.py", "show/report.py", "show/html_report.py", "training/resilience.py"}
+LIGHT = {"cli.py", "files.py", "show/curves.py", "show/pages.py", "show/html_report.py", "training/resilience.py"}
 
 
 def test_what_is_light_does_not_load_torch():

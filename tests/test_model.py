@@ -4,25 +4,12 @@ import json
 
 import pytest
 import torch
+from encoders import ENCODERS, SIDE
 from PIL import Image
 from transformers import (
-    BeitConfig,
-    BeitModel,
-    CLIPConfig,
-    CLIPModel,
-    CLIPVisionConfig,
-    CLIPVisionModel,
-    DeiTConfig,
-    DeiTModel,
-    Dinov2Config,
-    Dinov2Model,
     GPT2Config,
     GPT2LMHeadModel,
-    SwinConfig,
-    SwinModel,
     VisionEncoderDecoderModel,
-    ViTConfig,
-    ViTModel,
 )
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -33,37 +20,6 @@ from captioning.model import captioner, generate, packing, parts
 from captioning.model.captioner import PARTS, part_of
 from captioning.training import batches
 from captioning.training.trainer import caption_loss
-
-SIDE = 32
-PLAIN = {
-    "image_size": SIDE,
-    "patch_size": 8,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-}
-ENCODERS = {
-    "vit": lambda: ViTModel(ViTConfig(**PLAIN)),
-    "deit": lambda: DeiTModel(DeiTConfig(**PLAIN)),
-    "beit": lambda: BeitModel(BeitConfig(**PLAIN)),
-    "dinov2": lambda: Dinov2Model(Dinov2Config(**PLAIN)),
-    "swin": lambda: SwinModel(
-        SwinConfig(image_size=SIDE, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
-    ),
-    "clip vision": lambda: CLIPVisionModel(CLIPVisionConfig(**PLAIN)),
-    "clip": lambda: CLIPModel(
-        CLIPConfig(
-            vision_config=PLAIN,
-            text_config={
-                "hidden_size": 16,
-                "num_hidden_layers": 1,
-                "num_attention_heads": 2,
-                "intermediate_size": 32,
-            },
-        )
-    ),
-}
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ import subprocess
 
 from conftest import ROOT
 
-import train
+from captioning.training.arguments import training_argument_types
 
 README = (ROOT / "README.md").read_text()
 OTHERS = {
@@ -24,7 +24,7 @@ def test_every_flag_exists():
     known = options("dataloader.py") | options("inference.py") | options("train.py") | OTHERS
     known |= set.union(*(options(path.relative_to(ROOT)) for path in (ROOT / "tests" / "benchmarks").glob("*.py")))
     known |= {f"--{part}_lr" for part in ("encoder", "decoder", "cross_attention")} | {"--no-packing"}
-    known |= {f"--{name}" for name in train.training_argument_types()}
+    known |= {f"--{name}" for name in training_argument_types()}
     named = set(re.findall(r"(?<![\w-])--[a-z][\w-]*", README))
     assert len(named) > 25
     assert named <= known, named - known

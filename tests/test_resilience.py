@@ -19,12 +19,18 @@ from conftest import ROOT
 from forked import FORKS, Training, several
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from test_training import Rows, make_trainer, tokenizer  # noqa: F401 (a fixture)
+from toy import Rows, make_trainer, toy_tokenizer
 
 import train
 from captioning import InputError
 from captioning.files import only_process
 from captioning.training import resilience
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return toy_tokenizer()
+
 
 UPDATES = 9  # of three epochs
 KILLS = 10
@@ -364,7 +370,7 @@ def test_a_second_training_into_the_same_folder_is_refused(few, tmp_path):
 
 
 @pytest.mark.parametrize("accumulation", [1, 2])
-def test_a_loss_of_nan_names_the_step_and_its_images(tokenizer, tmp_path, accumulation, monkeypatch):  # noqa: F811
+def test_a_loss_of_nan_names_the_step_and_its_images(tokenizer, tmp_path, accumulation, monkeypatch):
     rows = Rows(tokenizer, 16)
     trainer = make_trainer(
         tokenizer,
@@ -381,16 +387,10 @@ def test_a_loss_of_nan_names_the_step_and_its_images(tokenizer, tmp_path, accumu
     compute = trainer.compute_loss
 
     def spoilt(model, inputs, **kwargs):
+        seen.append(inputs["image_id"].tolist())
         return compute(model, inputs, **kwargs) * (float("nan") if len(seen) == 5 else 1.0)
 
-    prepare = trainer._prepare_inputs
-
-    def watched(inputs):
-        seen.append(inputs["image_id"].tolist())
-        return prepare(inputs)
-
     monkeypatch.setattr(trainer, "compute_loss", spoilt)
-    monkeypatch.setattr(trainer, "_prepare_inputs", watched)
     step = -(-5 // accumulation)
     with pytest.raises(InputError) as stopped:
         trainer.train()
@@ -471,7 +471,7 @@ def test_an_accelerator_is_never_waited_for_at_the_step_that_it_computes(monkeyp
         ),
     ],
 )
-def test_out_of_memory_says_what_to_change(tokenizer, tmp_path, monkeypatch, error, where, said):  # noqa: F811
+def test_out_of_memory_says_what_to_change(tokenizer, tmp_path, monkeypatch, error, where, said):
     rows = Rows(tokenizer, 8)
     trainer = make_trainer(
         tokenizer, rows, tmp_path, max_steps=2, per_device_train_batch_size=4, eval_strategy="steps", eval_steps=1
@@ -510,7 +510,7 @@ def test_a_real_lack_of_memory_is_explained(few, tmp_path):
     assert "Traceback" not in run.said()
 
 
-def test_a_full_disk_is_known_by_each_librarys_words_for_it(tokenizer, tmp_path):  # noqa: F811
+def test_a_full_disk_is_known_by_each_librarys_words_for_it(tokenizer, tmp_path):
     training = make_trainer(tokenizer, Rows(tokenizer, 2), tmp_path).args
     for error in (
         OSError(28, "No space left on device"),
@@ -522,7 +522,7 @@ def test_a_full_disk_is_known_by_each_librarys_words_for_it(tokenizer, tmp_path)
             raise error
 
 
-def test_errors_of_another_kind_pass(tokenizer, tmp_path):  # noqa: F811
+def test_errors_of_another_kind_pass(tokenizer, tmp_path):
     training = make_trainer(tokenizer, Rows(tokenizer, 2), tmp_path).args
     for error in (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), PermissionError(13, "no"), ValueError()):
         with pytest.raises(type(error)), resilience.explained(training):
@@ -583,7 +583,7 @@ def last_one(ends: str):
     def decode(*args):
         raise InputError("image 7 of the prepared data cannot be read")
 
-    batches.CaptionDataset._decode = decode
+    batches.CaptionDataset.image = decode
 
 
 @pytest.mark.parametrize(("ends", "code"), [("killed", -signal.SIGKILL), ("with an error", 2)])

@@ -15,104 +15,32 @@ from conftest import ROOT, script
 from datasets import load_from_disk
 from PIL import Image
 from safetensors.torch import load_file
-from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
+from toy import Rows, make_trainer, toy_tokenizer
+from transformers import TrainerCallback, set_seed
 
 import train
 from captioning import InputError
-from captioning.data import folder
 from captioning.model import captioner, parts
 from captioning.model.captioner import part_of
-from captioning.model.packing import can_pack
+from captioning.model.packing import can_pack, decoder_mask
 from captioning.scores.reward import CiderReward
-from captioning.training import batches, self_critical
-from captioning.training import trainer as trainer_module
+from captioning.training import self_critical
+from captioning.training.arguments import read, training_argument_types, training_arguments
 from captioning.training.self_critical import SelfCritical
-from captioning.training.trainer import CaptionTrainer, caption_loss
-
-WORDS = ["red", "green", "blue", "small", "large", "dog", "cat", "tree", "car", "runs", "on", "under", "the", "a"]
-
-
-def caption(rng) -> str:
-    return " ".join(rng.choice(WORDS, rng.integers(2, 9)))
-
-
-class Rows(torch.utils.data.Dataset):
-    """Random images with a ragged number of ragged captions."""
-
-    def __init__(self, tokenizer, count, captions=(1, 6), seed=0):
-        rng = np.random.default_rng(seed)
-        self.captions = {100 + i: [caption(rng) for _ in range(rng.integers(*captions))] for i in range(count)}
-        self.rows = [
-            {
-                "image_id": image_id,
-                "pixels": rng.integers(0, 256, (3, 64, 64), dtype=np.uint8),
-                "labels": folder.encode_captions(tokenizer, captions, 20)[0],
-            }
-            for image_id, captions in self.captions.items()
-        ]
-
-    def __len__(self):
-        return len(self.rows)
-
-    def __getitem__(self, index):
-        return self.rows[index % len(self)]
-
-    def lengths(self):
-        return [sum(map(len, row["labels"])) for row in self.rows]
+from captioning.training.trainer import caption_loss
 
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return parts.train_tokenizer([" ".join(WORDS)] * 3, 400)
-
-
-def make_trainer(
-    tokenizer,
-    rows,
-    folder,
-    packed=True,
-    dropout=0.0,
-    waiting=None,
-    self_critical=None,
-    attention="sdpa",
-    **settings,
-):
-    set_seed(0)
-    net = captioner.build("tiny", "tiny", tokenizer)
-    net.set_attn_implementation(attention)
-    for module in net.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = dropout
-    defaults = {
-        "output_dir": str(folder),
-        "report_to": "none",
-        "remove_unused_columns": False,
-        "predict_with_generate": True,
-        "use_cpu": True,
-        "disable_tqdm": True,
-        "save_strategy": "no",
-        "weight_decay": 0.0,
-    }
-    bundle = captioner.Bundle(net, tokenizer, parts.load_image_processor("tiny"))
-    collator = batches.Collator(tokenizer.bos_token_id, tokenizer.pad_token_id, packed)
-    return CaptionTrainer(
-        bundle,
-        rows.captions,
-        {},
-        waiting,
-        self_critical,
-        args=Seq2SeqTrainingArguments(**{**defaults, **settings}),
-        data_collator=collator,
-        train_dataset=rows,
-        eval_dataset=rows,
-    )
+    return toy_tokenizer()
 
 
 def loss_and_gradients(trainer, rows, **settings):
     trainer.model.train()
-    inputs = trainer._prepare_inputs(trainer.data_collator(rows))
     trainer.model.zero_grad()
-    loss = trainer.compute_loss(trainer.model, inputs, num_items_in_batch=settings.get("num_items"))
+    loss = trainer.compute_loss(
+        trainer.model, trainer.data_collator(rows), num_items_in_batch=settings.get("num_items")
+    )
     loss.backward()
     return loss.item(), {n: p.grad.clone() for n, p in trainer.model.named_parameters() if p.grad is not None}
 
@@ -156,10 +84,13 @@ def test_projecting_the_labelled_positions_alone_changes_nothing(tokenizer, tmp_
     trainer = make_trainer(tokenizer, rows, tmp_path)
     ours, our_gradients = loss_and_gradients(trainer, rows.rows)
     batch_of_all = trainer.data_collator(rows.rows)
-    inputs = trainer._prepare_inputs(dict(batch_of_all))
-    trainer.projection.positions = None
     trainer.model.zero_grad()
-    logits = trainer.model(**{**inputs, "labels": None}).logits
+    logits = trainer.model(
+        pixel_values=trainer.bundle.pixels.normalise(batch_of_all["pixel_values"]),
+        decoder_input_ids=batch_of_all["decoder_input_ids"],
+        decoder_position_ids=batch_of_all["decoder_position_ids"],
+        decoder_attention_mask=decoder_mask(trainer.model, batch_of_all["segment_ids"]),
+    ).logits
     plain = caption_loss(logits, batch_of_all["labels"], None)
     plain.backward()
     assert logits.shape[:2] == batch_of_all["labels"].shape
@@ -332,13 +263,13 @@ def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp
     trainer.state.max_steps = 1
     drawn = []
     sample = self_critical.sample_captions
-    monkeypatch.setattr(trainer_module, "sample_captions", lambda *args: drawn.extend(sample(*args)) or drawn)
+    monkeypatch.setattr(self_critical, "sample_captions", lambda *args: drawn.extend(sample(*args)) or drawn)
     loss, gradients = loss_and_gradients(trainer, rows.rows, num_items=100)
 
     (ids, captions, _) = given[0]
     assert ids == [row["image_id"] for row in rows.rows for _ in range(4)]
     rewards = [len(caption) % 7 for caption in captions]
-    pixels = trainer.pixels.normalise(torch.stack([torch.from_numpy(row["pixels"]) for row in rows.rows]))
+    pixels = trainer.bundle.pixels.normalise(torch.stack([torch.from_numpy(row["pixels"]) for row in rows.rows]))
     trainer.model.eval()
     trainer.model.zero_grad()
     total = 0.0
@@ -375,7 +306,7 @@ def test_packed_sampling_draws_from_the_model_s_own_distribution(tokenizer, monk
         ranks = torch.tensor([0, 1, 0]).expand(4, 3)
         return probabilities.topk(2).indices.gather(2, ranks[..., None])[..., 0]
 
-    monkeypatch.setattr(trainer_module, "draw", likeliest)
+    monkeypatch.setattr(self_critical, "draw", likeliest)
     drawn = self_critical.sample_captions(net, features, 3, 9)
     assert [captions[0] for captions in drawn] == [captions[2] for captions in drawn] == greedy
     assert all(captions[1] != captions[0] for captions in drawn)
@@ -598,8 +529,8 @@ def test_a_caption_longer_than_the_decoder_is_refused_before_training(tmp_path):
 def test_two_processes_score_every_image_once_and_as_one_process_does(trained, prepared, tmp_path):
     """79 of the images: a number that two processes with batches of 10 cannot share evenly."""
     code = (
-        "import sys, json, torch\n"
-        "from datasets import load_from_disk\n"
+        "import sys, json, pathlib, torch\n"
+        "from captioning.data import folder\n"
         "from transformers import Seq2SeqTrainingArguments\n"
         "from captioning.model import captioner, parts\n"
         "from captioning.training import batches\n"
@@ -607,8 +538,8 @@ def test_two_processes_score_every_image_once_and_as_one_process_does(trained, p
         "prepared, trained, output = sys.argv[1:]\n"
         "torch.set_num_threads(1)\n"
         "bundle = captioner.load(trained)\n"
-        "rows = load_from_disk(prepared)['validation'].select(range(79))\n"
-        "references = dict(zip(rows['image_id'], rows['captions']))\n"
+        "rows = folder.load_prepared(pathlib.Path(prepared))[0]['validation'].select(range(79))\n"
+        "references = dict(zip(rows.image_id, rows.captions))\n"
         "args = Seq2SeqTrainingArguments(output_dir=output, report_to='none', remove_unused_columns=False,\n"
         "    use_cpu=True, predict_with_generate=True, per_device_eval_batch_size=10, disable_tqdm=True)\n"
         "net = bundle.model\n"
@@ -684,7 +615,7 @@ def test_two_processes_train_as_one_does(prepared, tmp_path):
 )
 def test_mistakes_in_the_arguments_are_named_at_once(prepared, tmp_path, capsys, more, message):
     with pytest.raises(SystemExit) as stopped:
-        train.parse_arguments(arguments(prepared, tmp_path / "run", *more))
+        read(arguments(prepared, tmp_path / "run", *more))
     assert stopped.value.code == 2
     assert message in capsys.readouterr().err
 
@@ -722,7 +653,7 @@ def test_a_decoder_with_another_tokenizer_is_refused(prepared, tmp_path):
 
 def test_an_earlier_run_is_not_written_over(trained, prepared, capsys):
     with pytest.raises(SystemExit) as stopped:
-        train.parse_arguments([f"--data_path={prepared}", f"--output_dir={trained}"])
+        read([f"--data_path={prepared}", f"--output_dir={trained}"])
     assert stopped.value.code == 2
     assert "holds checkpoints of an earlier run" in capsys.readouterr().err
 
@@ -732,13 +663,13 @@ def test_bfloat16_is_used_on_a_cpu_that_multiplies_in_it(prepared, tmp_path, mon
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": capable})
     monkeypatch.setattr(torch.accelerator, "is_available", lambda: False)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    _, training = train.parse_arguments([f"--data_path={prepared}", f"--output_dir={tmp_path / 'run'}"])
+    training = training_arguments(*read([f"--data_path={prepared}", f"--output_dir={tmp_path / 'run'}"]))
     assert (training.bf16, training.use_cpu, training.device.type) == (capable, True, "cpu")
 
 
 def test_self_critical_training_is_refused_where_captions_cannot_be_packed(few, tmp_path, monkeypatch):
-    monkeypatch.setattr(trainer_module, "can_pack", lambda net: False)
-    with pytest.raises(InputError, match="--self_critical_epochs needs packing, which --decoder 'tiny' cannot do"):
+    monkeypatch.setattr("captioning.model.packing.can_pack", lambda net: False)
+    with pytest.raises(InputError, match="--self_critical_epochs needs packing, which this decoder cannot do"):
         train.main(arguments(few, tmp_path / "run", "--self_critical_epochs=1"))
 
 
@@ -769,6 +700,6 @@ def test_help_is_one_screen_and_help_all_has_every_flag():
         "--generation_num_beams",
     ):
         assert flag in long.stdout
-    documented = {name for name in train.training_argument_types() if f"--{name}" in long.stdout}
+    documented = {name for name in training_argument_types() if f"--{name}" in long.stdout}
     assert {"learning_rate", "predict_with_generate", "label_smoothing_factor"} <= documented
     assert len(documented) > 80

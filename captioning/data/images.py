@@ -96,6 +96,20 @@ class FetchError(InputError):
         self.retry_after = retry_after  # the header, seconds or a date
 
 
+class ImageError(InputError):
+    """Bytes that are not an image which is opened here.
+
+    Args:
+        name: where the bytes are from.
+        reason: what is wrong with them; kept as an attribute, for who words a message of their own.
+        remedy: what to do about it.
+    """
+
+    def __init__(self, name: str, reason: str, remedy: str, verb: str = "use") -> None:
+        super().__init__(f"cannot {verb} {shown(name)}: {reason}; {remedy}")
+        self.reason = reason
+
+
 @dataclass(frozen=True)
 class Answer:
     """What a server sent: `data` (empty if it went to a sink), and of what."""
@@ -366,9 +380,11 @@ def decode(data: bytes, name: str, *, min_side: int | None = None) -> Image.Imag
         # A draft is what a sequential JPEG takes; a progressive one is buffered whole in any case.
         width, height = image.size if kind == "JPEG" else size
         if max(width, height) > MAX_SIDE or width * height > MAX_PIXELS[kind]:
-            raise InputError(
-                f"cannot use {shown(name)}: {size[0]}x{size[1]} pixels is too large for a {kind} image "
-                f"(limit {MAX_PIXELS[kind] // 1_000_000} million, {MAX_SIDE} a side); make it smaller"
+            raise ImageError(
+                name,
+                f"{size[0]}x{size[1]} pixels is too large for a {kind} image "
+                f"(limit {MAX_PIXELS[kind] // 1_000_000} million, {MAX_SIDE} a side)",
+                "make it smaller",
             )
         image.load()
         # `copy` too gives a plain image, free of the file's buffers and its decoder.
@@ -386,12 +402,12 @@ def _refusing(name: str) -> Iterator[None]:
     except InputError:
         raise
     except Image.DecompressionBombError as error:
-        raise InputError(f"cannot use {shown(name)}: it has too many pixels; make it smaller") from error
+        raise ImageError(name, "it has too many pixels", "make it smaller") from error
     except Exception as error:
         # Its decoders raise OSError, SyntaxError, ValueError, IndexError, struct.error, zlib.error and more
         # for damaged bytes, and a list of them would be out of date with its next release.
-        raise InputError(
-            f"cannot decode {shown(name)}: the image is damaged or cut short; get it again or leave it out"
+        raise ImageError(
+            name, "the image is damaged or cut short", "get it again or leave it out", verb="decode"
         ) from error
 
 
@@ -410,16 +426,17 @@ class _Metered(io.BytesIO):
 def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
     """Return (PIL image not yet decoded, key of MAX_PIXELS, EXIF block where it is known by now)."""
     if not data:
-        raise InputError(f"cannot use {shown(name)}: it is empty; get it again or leave it out")
+        raise ImageError(name, "it is empty", "get it again or leave it out")
     kind = next((kind for magic, kind in _SIGNATURES.items() if data.startswith(magic)), None)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         kind = "WEBP"
     if kind is None:
         page = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
         what = "it looks like a web page, not" if page else "not"
-        raise InputError(
-            f"cannot use {shown(name)}: {what} a JPEG, PNG, WEBP, GIF or BMP image; "
-            + ("use the address of the image itself" if page else "convert it or leave it out")
+        raise ImageError(
+            name,
+            f"{what} a JPEG, PNG, WEBP, GIF or BMP image",
+            "use the address of the image itself" if page else "convert it or leave it out",
         )
     exif, buffered, scans = b"", False, 1
     if kind == "JPEG":
@@ -432,11 +449,10 @@ def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
         warnings.simplefilter("ignore")
         image = Image.open(_Metered(data), formats=[kind])
     if any(tile[0] == "bmp_rle" for tile in image.tile):
-        raise InputError(f"cannot use {shown(name)}: it is a run-length encoded BMP; convert it to PNG or JPEG")
+        raise ImageError(name, "it is a run-length encoded BMP", "convert it to PNG or JPEG")
     if buffered and scans * image.width * image.height > MAX_SCANNED_PIXELS:
-        raise InputError(
-            f"cannot use {shown(name)}: {image.width}x{image.height} pixels in {scans} scans "
-            "take too long to decode; save it again"
+        raise ImageError(
+            name, f"{image.width}x{image.height} pixels in {scans} scans take too long to decode", "save it again"
         )
     return image, "progressive JPEG" if buffered else kind, exif
 

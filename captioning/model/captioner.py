@@ -5,6 +5,7 @@ The model is the stock `transformers.VisionEncoderDecoderModel`.
 
 from __future__ import annotations
 
+import functools
 import os
 import shutil
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    PreTrainedModel,
     PreTrainedTokenizerBase,
     VisionEncoderDecoderModel,
     ViTConfig,
@@ -29,6 +31,7 @@ from captioning.model.parts import (
     BUNDLE_HINT,
     DECODER_PRESETS,
     ENCODER_PRESETS,
+    Pixels,
     load_image_processor,
     load_tokenizer,
     read_config,
@@ -38,7 +41,7 @@ from captioning.model.parts import (
 
 # What makes any GPT-2 faster: no dropout on the attention weights, which rules out the fused kernels (the dropout after
 # each layer stays), and gelu_new as one kernel instead of eight, under the name that it has in PyTorch.
-FASTER = {"attn_pdrop": 0.0, "activation_function": "gelu_pytorch_tanh"}
+FASTER: dict[str, Any] = {"attn_pdrop": 0.0, "activation_function": "gelu_pytorch_tanh"}
 # How captions are decoded unless told otherwise.
 DECODING = {"num_beams": 3, "max_new_tokens": 40}
 
@@ -50,6 +53,15 @@ class Bundle:
     model: VisionEncoderDecoderModel
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
+
+    @functools.cached_property
+    def pixels(self) -> Pixels:
+        """The image processor in two steps, see `Pixels`."""
+        return Pixels(self.image_processor)
+
+    def to(self, device: torch.device) -> None:
+        """Move the model."""
+        self.model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature that torch gives it
 
 
 # ---- build
@@ -80,20 +92,12 @@ def build_encoder(name: str):
     return encoder
 
 
-def build_decoder(name: str, tokenizer: PreTrainedTokenizerBase) -> GPT2LMHeadModel:
+def build_decoder(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
     """A GPT-2 family decoder in float32, with cross-attention, whose vocabulary is the tokenizer's."""
     if name in DECODER_PRESETS:
-        config = GPT2Config(
-            **DECODER_PRESETS[name],
-            **FASTER,
-            vocab_size=len(tokenizer),
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-            is_decoder=True,
-            add_cross_attention=True,
-        )
-        return GPT2LMHeadModel(config)
+        tokens = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
+        settings = {**DECODER_PRESETS[name], **FASTER, **tokens, "is_decoder": True, "add_cross_attention": True}
+        return GPT2LMHeadModel(GPT2Config(**settings, vocab_size=len(tokenizer)))
     folder = resolve(name, "--decoder")
     config = read_config(folder, "--decoder")
     if config.model_type != "gpt2":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any, cast
 
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerBase, VisionEncoderDecoderModel
@@ -15,7 +16,7 @@ class _BeamCache(EncoderDecoderCache):
     """The keys and values of several beams: those of the image are the same for all and need no reordering."""
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
-        self.self_attention_cache.reorder_cache(beam_idx)
+        self.self_attention_cache.reorder_cache(cast(torch.LongTensor, beam_idx))
 
 
 @torch.no_grad()
@@ -32,7 +33,7 @@ def generate_tokens(model: VisionEncoderDecoderModel, states: torch.Tensor, **se
     Returns:
         Token ids, (batch * num_return_sequences, length), the start token first.
     """
-    decoder = model.decoder
+    decoder: Any = model.decoder
     config = copy.deepcopy(model.generation_config)
     config.update(**settings)
     if hasattr(model, "enc_to_dec_proj"):
@@ -68,5 +69,7 @@ def generate(bundle: Bundle, pixel_values: torch.Tensor, **settings) -> list[str
 
 def decode(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor | Sequence[Sequence[int]]) -> list[str]:
     """Token ids (batch, length) -> captions, special tokens left out and white space tidied."""
-    texts = tokenizer.batch_decode(tokens, skip_special_tokens=True, clean_up_tokenization_spaces=False)
+    texts = tokenizer.batch_decode(
+        cast(torch.Tensor, tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
     return [" ".join(text.split()) for text in texts]

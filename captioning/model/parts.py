@@ -12,6 +12,7 @@ import os
 import re
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -29,7 +30,7 @@ from transformers.utils import logging as transformers_logging
 from captioning import InputError
 from captioning.files import is_whole_safetensors
 
-ENCODER_PRESETS: dict[str, dict[str, int]] = {
+ENCODER_PRESETS: dict[str, dict[str, Any]] = {
     # 64 patches of 8 px: 0.5 M parameters, for drawn scenes and tests.
     "tiny": {
         "image_size": 64,
@@ -43,7 +44,7 @@ ENCODER_PRESETS: dict[str, dict[str, int]] = {
     "small": {"hidden_size": 384, "num_attention_heads": 6, "intermediate_size": 1536},
     "base": {},
 }
-DECODER_PRESETS: dict[str, dict[str, int]] = {
+DECODER_PRESETS: dict[str, dict[str, Any]] = {
     "tiny": {"n_embd": 128, "n_layer": 2, "n_head": 4, "n_positions": 128},
     "small": {"n_embd": 256, "n_layer": 3, "n_head": 4, "n_positions": 256},
     "base": {},
@@ -209,7 +210,7 @@ def load_image_processor(encoder: str | os.PathLike, what: str = "--encoder", wh
     if encoder in ENCODER_PRESETS:
         from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
-        side = ViTConfig(**ENCODER_PRESETS[encoder]).image_size
+        side = int(ViTConfig(**ENCODER_PRESETS[encoder]).image_size)  # type: ignore[arg-type]  # presets are square
         return ViTImageProcessorPil(size={"height": side, "width": side}, resample=3)
     folder = resolve(encoder, what, weights=False)
     try:

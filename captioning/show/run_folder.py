@@ -1,6 +1,6 @@
 """What a run folder holds besides the model and its checkpoints: scores, captions, pictures, model card.
 
-    run_folder.write(folder, trainer, test_rows, validation, test, names, recipe, description, kept)
+    write(folder, Run(predictions=..., validation=..., test=..., ...), test_split)
 
 Each file is written whole or not at all.
 """
@@ -11,75 +11,89 @@ import json
 import math
 import platform
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from captioning.files import write_whole
 from captioning.scores.metrics import PROTOCOL
-from captioning.show import html_report, report
+from captioning.scores.names import SCORE_NAMES
+from captioning.show import wording
+from captioning.show.curves import draw_curves
+from captioning.show.html_report import report_page
+from captioning.show.pages import draw_gallery
+
+if TYPE_CHECKING:
+    from captioning.data.folder import Split
+
+GALLERY = 20  # images, the first ones of the test split
 
 
-def write(
-    folder: Path,
-    trainer,
-    test_rows,
-    validation: Mapping[str, float],
-    test: Mapping[str, float],
-    names: Mapping[str, Any],
-    recipe: Mapping[str, Any],
-    description: Mapping[str, Any],
-    kept: int | None,
-) -> None:
-    """Write every file but the model's.
+@dataclass(frozen=True)
+class Run:
+    """A training that has ended, as plain values."""
 
-    Args:
-        folder: the run folder; it exists.
-        trainer: a `CaptionTrainer` that has just captioned the test split.
-        test_rows: the test split of `processed_data`.
-        validation, test: scores by name, of the weights that are kept.
-        names: of the `encoder` and the `decoder`, and whether it was `freeze_encoder`.
-        recipe: train.py's other flags.
-        description: the data's `dataset.json`.
-        kept: the step of the checkpoint that is kept; None: the last one.
-    """
-    training, predictions = trainer.args, trainer.predictions
-    # COCO's results format, in the order of the split
-    results = [{"image_id": i, "caption": predictions[i]} for i in test_rows["image_id"]]
-    write_whole(folder / "predictions_test.json", json.dumps(results, indent=1) + "\n")
-    content = {
+    predictions: Mapping[int, str]  # image id -> caption, of the test split
+    validation: Mapping[str, float]  # score -> value, of the weights that are kept
+    test: Mapping[str, float]
+    log_history: Sequence[dict]  # `trainer.state.log_history`
+    steps: int  # updates that were made
+    kept: int | None  # the step of the checkpoint that is kept; None: the last one
+    names: Mapping[str, Any]  # `encoder`, `decoder`, and for how long it was `freeze_encoder`
+    recipe: Mapping[str, Any]  # the other flags of train.py that are not the Trainer's
+    learning_rates: Mapping[str, float]  # by part of the model
+    settings: Mapping[str, Any]  # the Trainer's, `Seq2SeqTrainingArguments.to_sanitized_dict()`
+    decoding: Mapping[str, Any]  # how captions are generated, `GenerationConfig.to_diff_dict()`
+    description: Mapping[str, Any]  # the data's dataset.json
+    tensorboard: str | None = None  # the folder of TensorBoard's log, if there is one
+
+
+def write(folder: Path, run: Run, test_split: Split) -> None:
+    """Write every file but the model's into `folder`, which exists."""
+    captions = [{"image_id": image_id, "caption": run.predictions[image_id]} for image_id in test_split.image_id]
+    write_whole(folder / "predictions_test.json", json.dumps(captions, indent=1) + "\n")  # COCO's results format
+    results = results_of(run)
+    write_whole(folder / "results.json", json.dumps(results, indent=2, default=str) + "\n")
+    write_whole(folder / "report.html", report_page(results, run.log_history, test_split, run.predictions))
+    draw_curves(run.log_history, folder / "training_curves.png", run.kept)
+    items = [
+        {
+            "image": test_split.image(row),
+            "caption": run.predictions[test_split.image_id[row]],
+            "reference": test_split.captions[row][0],
+        }
+        for row in range(min(GALLERY, len(test_split)))
+    ]
+    draw_gallery(items, folder / "gallery.png", wording.author(run.description["source"]))
+    write_whole(folder / "README.md", model_card(results, folder.resolve().name))
+    if run.tensorboard is not None:
+        log_pictures(folder, run.tensorboard, run.steps)
+
+
+def results_of(run: Run) -> dict[str, Any]:
+    """What `results.json` holds."""
+    images = run.description["images"]
+    return {
         "protocol": PROTOCOL,
-        "checkpoint": f"best {training.metric_for_best_model} on validation" if kept else "last",
-        "step": kept or trainer.state.global_step,
-        "validation": {"images": description["images"]["validation"], **validation},
-        "test": {"images": description["images"]["test"], **test},
-        "model": dict(names),
-        "recipe": dict(recipe),
-        "learning_rates": trainer.learning_rates,
-        "decoding": trainer.bundle.model.generation_config.to_diff_dict(),
-        "training": training.to_sanitized_dict(),
-        "data": description,
+        "checkpoint": f"best {run.settings['metric_for_best_model']} on validation" if run.kept else "last",
+        "step": run.kept or run.steps,
+        "validation": {"images": images["validation"], **run.validation},
+        "test": {"images": images["test"], **run.test},
+        "model": dict(run.names),
+        "recipe": dict(run.recipe),
+        "learning_rates": dict(run.learning_rates),
+        "decoding": dict(run.decoding),
+        "training": dict(run.settings),
+        "data": dict(run.description),
         "versions": {
             "python": platform.python_version(),
             **{name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "pillow")},
         },
     }
-    write_whole(folder / "results.json", json.dumps(content, indent=2, default=str) + "\n")
-    page = html_report.report_page(content, trainer.state.log_history, test_rows, predictions)
-    write_whole(folder / "report.html", page)
-    report.draw_curves(trainer.state.log_history, folder / "training_curves.png", kept)
-    report.draw_gallery(
-        [
-            {"image": row["image"], "caption": predictions[row["image_id"]], "reference": row["captions"][0]}
-            for row in test_rows.select(range(min(20, len(test_rows))))
-        ],
-        folder / "gallery.png",
-    )
-    write_whole(folder / "README.md", model_card(content, folder.resolve().name))
-    log_pictures(folder, trainer)
 
 
 def model_card(results: Mapping[str, Any], name: str) -> str:
@@ -107,15 +121,15 @@ def model_card(results: Mapping[str, Any], name: str) -> str:
                 dataset_split="test",
                 dataset_args={"images": test["images"]},
                 metric_type=key.split("_")[0] if key != "loss" else key,
-                metric_name=report.SCORE_NAMES[key],
+                metric_name=SCORE_NAMES[key],
                 metric_value=round(test[key], 4),
             )
-            for key in report.SCORE_NAMES
+            for key in SCORE_NAMES
             if key in test and math.isfinite(test[key])
         ],
     )
-    title = f"Image captioner: {html_report.name_of(names['encoder'])} → {html_report.name_of(names['decoder'])}"
-    scores = "\n".join(f"| {report.SCORE_NAMES[key]} | {test[key]:.4f} |" for key in report.SCORE_NAMES if key in test)
+    title = wording.title(names["encoder"], names["decoder"])
+    scores = "\n".join(f"| {SCORE_NAMES[key]} | {test[key]:.4f} |" for key in SCORE_NAMES if key in test)
     card = f"""---
 {metadata.to_yaml()}
 ---
@@ -129,7 +143,7 @@ its settings.
 |---|---:|
 {scores}
 
-Protocol: {results["protocol"]}.
+Protocol: {results["protocol"]}. A reference is a caption written by {wording.author(data["source"])}.
 
 ```python
 from PIL import Image
@@ -153,20 +167,21 @@ def is_hub_id(name: str) -> bool:
     return (bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()) or name == "gpt2"
 
 
-def log_pictures(folder: Path, trainer) -> None:
-    """Show the run folder's pictures in TensorBoard, if it is reported to."""
-    if "tensorboard" not in trainer.args.report_to:
-        return
+def tensorboard_log(callbacks: Iterable[Any]) -> str | None:
+    """The folder of TensorBoard's log, None where the Trainer whose callbacks these are writes none."""
+    from transformers.integrations import TensorBoardCallback
+
+    return next((callback.logging_dir for callback in callbacks if isinstance(callback, TensorBoardCallback)), None)
+
+
+def log_pictures(folder: Path, log: str, step: int) -> None:
+    """Show the run folder's pictures in TensorBoard: `log` is the folder of the Trainer's own log."""
     import numpy as np
     from PIL import Image
     from torch.utils.tensorboard import SummaryWriter
-    from transformers.integrations import TensorBoardCallback
 
-    # The Trainer's own log, whose writer was closed when training ended.
-    callbacks = trainer.callback_handler.callbacks
-    where = next(callback.logging_dir for callback in callbacks if isinstance(callback, TensorBoardCallback))
-    with SummaryWriter(log_dir=where) as writer:
+    with SummaryWriter(log_dir=log) as writer:  # the Trainer has closed its own
         for name in ("training_curves", "gallery"):
             with Image.open(folder / f"{name}.png") as picture:
                 pixels = np.asarray(picture.convert("RGB"))
-            writer.add_image(name, pixels, trainer.state.global_step, dataformats="HWC")
+            writer.add_image(name, pixels, step, dataformats="HWC")

@@ -27,7 +27,7 @@ from captioning.data import images
 from captioning.model import explain
 from captioning.model.captioner import Bundle
 from captioning.model.parts import resized_side
-from captioning.show import report
+from captioning.show import pages
 
 CSS = """
 .message { border-left: 4px solid #c2410c; padding: .4rem .8rem; }
@@ -105,7 +105,7 @@ def _alternatives(captions: Sequence[explain.Caption]) -> str:
 
 def _explanation(image: Image.Image, explanation: explain.Explanation) -> str:
     words = [vars(word) for word in explanation.words]
-    page = report.explanation_page(image, explanation.caption.text, words, region=explanation.region)
+    page = pages.explanation_page(image, explanation.caption.text, words, region=explanation.region)
     data = io.BytesIO()
     page.save(data, "JPEG", quality=88)
     said = ", ".join(f"{word.text} {100 * word.probability:.0f} %" for word in explanation.words)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import math
 import re
 from collections.abc import Iterator, Sequence
@@ -12,21 +11,16 @@ import numpy as np
 import torch
 from PIL import Image, ImageEnhance, ImageOps
 
-from captioning import InputError
-from captioning.model.packing import IGNORED
+from captioning.model.packing import decoder_rows
 from captioning.model.parts import Pixels
 
 
 class Collator:
-    """Rows of `processed_data` -> one batch of tensors.
-
-    Rows are `{"image_id": int, "pixels": uint8 (3, height, width), "labels": list of captions' token ids}`, or have
-    "features" (tokens, hidden size) in the place of "pixels".
+    """Rows of `CaptionDataset` -> one batch of tensors.
 
     Args:
-        start_token_id: what the decoder is given before the first token.
-        pad_token_id: what fills the decoder's input; its loss is masked by length, never by id.
-        packed: all captions of an image in one decoder row; otherwise one row per caption, its image repeated.
+        start_token_id, pad_token_id, packed: see `packing.decoder_rows`. Without packing an image is repeated for each
+            of its captions.
     """
 
     def __init__(self, start_token_id: int, pad_token_id: int, packed: bool = True):
@@ -37,57 +31,26 @@ class Collator:
     def __call__(self, rows: Sequence[dict[str, Any]]) -> dict[str, torch.Tensor]:
         """
         Returns:
+            What `packing.decoder_rows` returns, and
             image_id: (batch,)
             pixel_values: uint8 (batch, 3, height, width), or (captions, ...) when not packed; or in its place
             features: (batch, tokens, hidden size), likewise
-            image_of_row: (decoder rows,), each decoder row's index in `image_id`
-            decoder_input_ids, labels: (decoder rows, length); `labels` is -100 where there is no token
-            label_positions: (tokens,), where in the flattened `labels` there is one
-            decoder_position_ids, segment_ids: (decoder rows, length), packed only; padding is segment -1
         """
         kind = "features" if "features" in rows[0] else "pixels"
         images = torch.from_numpy(np.stack([row[kind] for row in rows]))
-        batch = self.targets([row["labels"] for row in rows])
+        batch = self.rows([row["labels"] for row in rows])
         if not self.packed:
             images = images[batch["image_of_row"]]
         batch["image_id"] = torch.tensor([row["image_id"] for row in rows])
         batch["features" if kind == "features" else "pixel_values"] = images
         return batch
 
-    def targets(self, captions: Sequence[Sequence[Sequence[int]]]) -> dict[str, torch.Tensor]:
-        """What `__call__` returns, without the images, of every image's captions."""
-        if self.packed:
-            groups = captions
-            image_of_row = torch.arange(len(captions))
-        else:
-            groups = [[caption] for of_image in captions for caption in of_image]
-            image_of_row = torch.tensor([index for index, of_image in enumerate(captions) for _ in of_image])
-
-        shape = (len(groups), max(sum(map(len, group)) for group in groups))
-        inputs = np.full(shape, self.pad_token_id)
-        labels = np.full(shape, IGNORED)
-        positions = np.zeros(shape, dtype=np.int64)
-        segments = np.full(shape, -1)
-        for row, group in enumerate(groups):
-            end = 0
-            for segment, caption in enumerate(group):
-                start, end = end, end + len(caption)
-                inputs[row, start:end] = [self.start_token_id, *caption[:-1]]
-                labels[row, start:end] = caption
-                positions[row, start:end] = np.arange(len(caption))
-                segments[row, start:end] = segment
-        batch = {
-            "image_of_row": image_of_row,
-            "decoder_input_ids": torch.from_numpy(inputs),
-            "labels": torch.from_numpy(labels),
-            "label_positions": torch.from_numpy(np.flatnonzero(labels != IGNORED)),
-        }
-        if self.packed:
-            batch["decoder_position_ids"] = torch.from_numpy(positions)
-            batch["segment_ids"] = torch.from_numpy(segments)
-        return batch
+    def rows(self, captions: Sequence[Sequence[Sequence[int]]]) -> dict[str, torch.Tensor]:
+        """The decoder's side of a batch, of every image's captions."""
+        return decoder_rows(captions, self.start_token_id, self.pad_token_id, self.packed)
 
 
+AUGMENTATION = 1  # raised whenever `augmented` changes, so that cached features of it are computed anew
 DIRECTIONS = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
@@ -111,68 +74,57 @@ def augmented(image: Image.Image, rng: np.random.Generator, may_mirror: bool) ->
 
 
 class CaptionDataset(torch.utils.data.Dataset):
-    """The rows of one split, each image decoded and resized when it is asked for.
+    """The images of one split, each decoded and resized when it is asked for, with their captions' token ids.
 
-    An index of `epoch * len(dataset) + row` asks for that epoch's variant of the row, which depends on nothing else
-    than the seed, the epoch and the image's id.
+    A row is `{"image_id": int, "pixels": uint8 (3, height, width), "labels": token ids of each caption}`, or has
+    "features" (tokens, hidden size) in the place of "pixels".
+
+    An index of `epoch * len(dataset) + row` asks for that epoch's variant of the row. It depends on nothing but the
+    seed, the epoch and the image's id.
 
     Args:
-        rows: a split of `processed_data`.
+        split: a `data.folder.Split`.
         pixels: turns an RGB image into uint8 (3, height, width).
         augment: whether epochs after the first see random variants of the images.
         seed: of the variants.
 
     Attributes:
-        features: a frozen encoder's output for one or several variants, each (images, tokens, hidden size), to be
-            given in turn instead of pixels.
+        features: a frozen encoder's output for one or several variants, each (images, tokens, hidden size). Where there
+            are some, they are given in turn instead of pixels.
     """
 
-    def __init__(self, rows, pixels: Pixels, augment: bool = False, seed: int = 0):
-        from datasets import Image as ImageFeature
-
-        columns = rows.select_columns(["image_id", "image", "labels", *(["captions"] if augment else [])])
-        self.rows = columns.cast_column("image", ImageFeature(decode=False))
-        self.targets = rows.select_columns(["image_id", "labels"])
+    def __init__(self, split, pixels: Pixels, augment: bool = False, seed: int = 0):
+        self.split = split
         self.pixels = pixels
         self.augment = augment
         self.seed = seed
         self.features: Sequence[np.ndarray] = ()
 
     def __len__(self) -> int:
-        return len(self.rows)
+        return len(self.split)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         epoch, index = divmod(index, len(self))
+        row = {"image_id": self.split.image_id[index], "labels": self.split.labels(index)}
         if self.features:
-            return {**self.targets[index], "features": self.features[epoch % len(self.features)][index]}
-        row = self.rows[index]
-        return {"image_id": row["image_id"], "pixels": self._decode(row, epoch), "labels": row["labels"]}
+            return {**row, "features": self.features[epoch % len(self.features)][index]}
+        return {**row, "pixels": self.image(index, epoch)}
 
     def image(self, index: int, variant: int = 0) -> np.ndarray:
-        """uint8 (3, height, width); variant 0 is the image as it is."""
-        return self._decode(self.rows[index], variant)
+        """uint8 (3, height, width); variant 0 is the image as it is.
 
-    def encoded_images(self) -> Iterator[bytes]:
-        """Every image's bytes as they are stored."""
-        for image in self.rows["image"]:
-            yield image["bytes"]
-
-    def _decode(self, row: dict[str, Any], variant: int) -> np.ndarray:
-        try:
-            image = Image.open(io.BytesIO(row["image"]["bytes"])).convert("RGB")
-        except (OSError, ValueError, TypeError, SyntaxError, Image.DecompressionBombError) as error:
-            reason = str(error).splitlines()[0]
-            raise InputError(
-                f"image {row['image_id']} of the prepared data cannot be read ({reason}); run dataloader.py again"
-            ) from None
+        Raises:
+            InputError: the image cannot be read.
+        """
+        image = self.split.image(index)
         if variant and self.augment:
-            rng = np.random.default_rng((self.seed, variant, row["image_id"]))
-            image = augmented(image, rng, not any(map(DIRECTIONS.search, row["captions"])))
+            rng = np.random.default_rng((self.seed, variant, self.split.image_id[index]))
+            image = augmented(image, rng, not any(map(DIRECTIONS.search, self.split.captions[index])))
         return self.pixels(image)
 
     def lengths(self) -> list[int]:
         """Tokens of all captions of each image."""
-        return [sum(map(len, captions)) for captions in self.targets["labels"]]
+        return self.split.lengths()
 
 
 class LengthSampler(torch.utils.data.Sampler):

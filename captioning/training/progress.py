@@ -1,9 +1,10 @@
-"""What a person sees of a training while it runs."""
+"""What a person sees of a training while it runs: one bar, scores and captions after each evaluation, the speed."""
 
 from __future__ import annotations
 
 import math
 import sys
+from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
@@ -11,13 +12,17 @@ from transformers.trainer_callback import ProgressCallback
 
 from captioning import InputError
 from captioning.cli import printable
+from captioning.scores.names import BRIEF_KEYS, SCORE_NAMES
 
-SHOWN = (("bleu_1", "BLEU-1"), ("bleu_4", "BLEU-4"), ("rouge_l", "ROUGE-L"), ("cider_d", "CIDEr-D"))
 SAMPLES = 3  # captions shown after each evaluation
 
 
 class Progress(ProgressCallback):
-    """One progress bar for training, for each evaluation a line of scores and a few captions, all on stderr."""
+    """One progress bar for training, for each evaluation a line of scores and a few captions, all on stderr.
+
+    Args:
+        trainer: a `CaptionTrainer`, whose `predictions` are those of the last evaluation.
+    """
 
     def __init__(self, trainer):
         super().__init__()
@@ -55,12 +60,39 @@ class Progress(ProgressCallback):
             if key in logs and self.training_bar is not None:
                 self.training_bar.set_postfix_str(f"{key} {logs[key]:.3f}")
         if "eval_loss" in logs:
-            scores = "  ".join(f"{name} {logs['eval_' + key]:.3f}" for key, name in SHOWN if "eval_" + key in logs)
-            lines = [f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {scores}"]
+            shown = [f"{SCORE_NAMES[key]} {logs['eval_' + key]:.3f}" for key in BRIEF_KEYS if "eval_" + key in logs]
+            lines = [f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {'  '.join(shown)}"]
             said = self.trainer.predictions
             samples = sorted(said)[:: max(1, len(said) // SAMPLES)][:SAMPLES]  # the same ones every time
             lines += [f"    image {image_id}: {printable(said[image_id])}" for image_id in samples]
             tqdm.write("\n".join(lines), file=sys.stderr)  # at once: the bar is drawn again after it
+
+
+@dataclass
+class Throughput:
+    """What a training did since this process started it.
+
+    Attributes:
+        images: seen by this process.
+        captions: seen by this process; a tensor on the training's device, so that nobody waits for the device.
+        waited: seconds spent waiting for data.
+        evaluated: seconds spent on evaluations.
+    """
+
+    images: int = 0
+    captions: torch.Tensor | int = 0
+    waited: float = 0.0
+    evaluated: float = 0.0
+
+    def line(self, seconds: float, world_size: int, device: torch.device) -> str:
+        """One line on a training of `seconds`; evaluations are counted apart."""
+        seconds -= self.evaluated
+        images, captions = self.images * world_size, int(self.captions) * world_size
+        line = f"trained on {images:,} images in {seconds:,.0f} s: {images / seconds:.1f} images/s"
+        line += f", {captions / seconds:.1f} captions/s; {self.waited / seconds:.1%} of that waiting for data"
+        line += f"; evaluations {self.evaluated:,.0f} s"
+        peak = peak_memory(device)
+        return line + (f"; peak memory {peak / 1e9:.1f} GB" if peak else "")
 
 
 def peak_memory(device: torch.device) -> int | None:

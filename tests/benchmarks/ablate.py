@@ -47,8 +47,10 @@ def labels_become(change: Callable[[list[list[int]]], list[list[int]]]) -> None:
     original = CaptionTrainer.__init__
 
     def changed(self, *args, **kwargs):
-        dataset = kwargs["train_dataset"]
-        dataset.targets = dataset.targets.map(lambda row: {"labels": change(row["labels"])}, keep_in_memory=True)
+        split = kwargs["train_dataset"].split
+        labels = [change(split.labels(index)) for index in range(len(split))]
+        split.labels = labels.__getitem__
+        split.lengths = lambda: [sum(map(len, captions)) for captions in labels]
         original(self, *args, **kwargs)
 
     CaptionTrainer.__init__ = changed
@@ -58,12 +60,12 @@ def batches_become(change: Callable[[Any, dict], dict]) -> None:
     """Change the training batches, those of evaluations not; `change` is given the trainer and a batch."""
     from captioning.training.trainer import CaptionTrainer
 
-    original = CaptionTrainer._prepare_inputs
+    original = CaptionTrainer.compute_loss
 
-    def changed(self, inputs):
-        return original(self, change(self, inputs) if self.model.training else inputs)
+    def changed(self, model, inputs, *args, **kwargs):
+        return original(self, model, change(self, inputs), *args, **kwargs)
 
-    CaptionTrainer._prepare_inputs = changed
+    CaptionTrainer.compute_loss = changed
 
 
 def end_masked() -> None:
@@ -272,20 +274,19 @@ def compare_decodings(args: argparse.Namespace) -> None:
     import torch
     from tqdm import tqdm
 
-    import train
     from captioning.data import folder
     from captioning.model import captioner, generate, parts
     from captioning.scores import metrics
-    from captioning.training import batches
+    from captioning.training import arguments, batches
 
     parts.quiet_transformers()
     bundle = captioner.load(args.model_path)
     rows = folder.load_prepared(args.data_path)[0]["validation"]
-    references = dict(zip(rows["image_id"], rows["captions"], strict=True))
+    references = dict(zip(rows.image_id, rows.captions, strict=True))
     pixels = parts.Pixels(bundle.image_processor)
     dataset = batches.CaptionDataset(rows, pixels)
     states = []
-    half = train.device_defaults()["bf16"]  # as evaluations during training
+    half = arguments.device_defaults()["bf16"]  # as evaluations during training
     if half:
         bundle.model.set_attn_implementation("eager")
     with torch.inference_mode(), torch.autocast("cpu", torch.bfloat16, enabled=half):
@@ -297,7 +298,7 @@ def compare_decodings(args: argparse.Namespace) -> None:
             captions = []
             for part in states:
                 captions += generate.decode(bundle.tokenizer, generate.generate_tokens(bundle.model, part, **settings))
-            scores = metrics.coco_scores(dict(zip(rows["image_id"], captions, strict=True)), references, rouge=False)
+            scores = metrics.coco_scores(dict(zip(rows.image_id, captions, strict=True)), references, rouge=False)
             words = statistics.mean(len(caption.split()) for caption in captions)
             name = ", ".join(f"{key} {value}" for key, value in settings.items())
             cells = " | ".join(f"{scores[key]:.3f}" for key in ("bleu_4", "rouge_l", "cider_d"))

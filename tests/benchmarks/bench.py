@@ -308,23 +308,21 @@ def train_ours(bundle, args: argparse.Namespace, cached: bool) -> tuple[int, flo
     import torch
     from transformers import Seq2SeqTrainingArguments, TrainerCallback
 
-    import train
     from captioning.data import folder
-    from captioning.model import parts
-    from captioning.training import batches, features
+    from captioning.training import arguments, batches, features
     from captioning.training.trainer import CaptionTrainer
 
     with tempfile.TemporaryDirectory() as work:
         splits, _ = folder.load_prepared(prepare_ours(args, Path(work)))
-        rows = batches.CaptionDataset(splits["train"], parts.Pixels(bundle.image_processor))
+        rows = batches.CaptionDataset(splits["train"], bundle.pixels)
         settings = {
-            **train.DEFAULTS,
-            **train.device_defaults(),
+            **arguments.DEFAULTS,
+            **arguments.device_defaults(),
             "eval_strategy": "no",
             "save_strategy": "no",
             "load_best_model_at_end": False,
             "per_device_train_batch_size": args.batch,
-            "output_dir": folder,
+            "output_dir": work,
             "disable_tqdm": True,
             "max_steps": 1_000_000,
         }
@@ -332,7 +330,7 @@ def train_ours(bundle, args: argparse.Namespace, cached: bool) -> tuple[int, flo
             settings.update(dataloader_num_workers=args.workers, dataloader_persistent_workers=args.workers > 0)
         if cached:
             bundle.model.encoder.requires_grad_(False)
-            rows.features = [features.cached_features(bundle, rows, Path(folder), "train", 16, lambda _: None)]
+            rows.features = [features.FeatureCache(bundle, Path(work), 16, lambda _: None).features(rows, "train")]
         start, pad = bundle.model.config.decoder_start_token_id, bundle.tokenizer.pad_token_id
         trainer = CaptionTrainer(
             bundle,
@@ -351,20 +349,21 @@ def train_ours(bundle, args: argparse.Namespace, cached: bool) -> tuple[int, flo
                 synchronise()
                 now = time.perf_counter()
                 if state.global_step == 3:
-                    measured.update(begun=now, captions=int(trainer.captions), waited=trainer.waited)
-                    trainer.images = 0
+                    measured.update(
+                        begun=now, captions=int(trainer.throughput.captions), waited=trainer.throughput.waited
+                    )
                 elif state.global_step > 5 and now - measured["begun"] > args.seconds:
                     measured["seconds"] = now - measured["begun"]
                     control.should_training_stop = True
 
         trainer.add_callback(Stopwatch)
         trainer.train()
-        captions, seconds = int(trainer.captions) - measured["captions"], measured["seconds"]
-        waiting = (trainer.waited - measured["waited"]) / seconds
+        captions, seconds = int(trainer.throughput.captions) - measured["captions"], measured["seconds"]
+        waiting = (trainer.throughput.waited - measured["waited"]) / seconds
         print(f"{'cached features' if cached else 'training'}: {waiting:.1%} of the time waiting", file=sys.stderr)
 
         some = trainer.data_collator([rows[i] for i in range(args.batch)])
-        some = trainer._prepare_inputs(some)
+        some = {name: tensor.to(bundle.model.device) for name, tensor in some.items()}
         some_captions = int((some["labels"] == bundle.tokenizer.eos_token_id).sum())
         bundle.model.train()
         with torch.autocast(bundle.model.device.type, torch.bfloat16, enabled=settings["bf16"]):

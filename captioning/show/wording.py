@@ -1,0 +1,21 @@
+"""How the gallery, the report and the model card speak of a run: the same words in each."""
+
+from __future__ import annotations
+
+DRAWN = "drawn scenes"  # the `source` in dataset.json of what `dataloader.py --sample` draws
+
+
+def author(source: str) -> str:
+    """Who wrote the references of data from `source`."""
+    return "a program" if source == DRAWN else "a person"
+
+
+def title(encoder: str, decoder: str) -> str:
+    """The heading of a run's report and of its model card."""
+    return f"Image captioner: {name_of(encoder)} → {name_of(decoder)}"
+
+
+def name_of(part: str) -> str:
+    """The name of an encoder or decoder: of a folder its last part, because where it lies is private; hub ids stay."""
+    part = str(part)
+    return part.rstrip("/").rsplit("/", 1)[-1] if part.startswith(("/", ".", "~")) or part.count("/") > 1 else part

@@ -1,0 +1,405 @@
+"""The flags of train.py: ours, and those of transformers' Trainer with our defaults.
+
+    args, rest = read(argv)                     # ours, checked in a moment: nothing heavy is imported
+    training = training_arguments(args, rest)   # a Seq2SeqTrainingArguments
+
+Each of our flags is one field of `Arguments`, with its default, its unit, its help and, in `__post_init__`, its check.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import functools
+import importlib.util
+import math
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from captioning import InputError, cli
+from captioning.cli import flag
+from captioning.scores.names import SCORE_NAMES
+from captioning.training import resilience
+
+if TYPE_CHECKING:
+    from transformers import Seq2SeqTrainingArguments
+
+DATA, MODEL, OTHER = "data and output", "model", "other"
+RATES = "learning rates (--learning_rate is for parts that start from random weights)"
+
+
+@dataclass(frozen=True)
+class Arguments:
+    """Our own flags.
+
+    Raises:
+        InputError: a value cannot be, or two flags exclude each other.
+    """
+
+    data_path: Path = flag(Path("processed_data"), DATA, "what dataloader.py wrote")
+    output_dir: Path = flag(Path("vit-gpt2-coco"), DATA, "the run folder to write")
+    epochs: float | None = flag(None, DATA, "passes over the training images (default: 10)")
+    resume_from_checkpoint: str | None = flag(
+        None, DATA, "continue from this checkpoint; auto: from the newest whole one", metavar="DIR"
+    )
+
+    encoder: str | None = flag(None, MODEL, "a preset (tiny, small, base), folder or hub id (default: as in the data)")
+    decoder: str | None = flag(None, MODEL, "a preset (tiny, small, base), folder or hub id (default: as in the data)")
+    model_path: str | None = flag(None, MODEL, "start from the captioner in this run folder", metavar="DIR")
+    freeze_encoder: float = flag(
+        0.0,
+        MODEL,
+        "keep the encoder as it is, or do so for the first EPOCHS (default: train it)",
+        nargs="?",
+        const=math.inf,
+        metavar="EPOCHS",
+    )
+    cross_attention_epochs: float = flag(
+        0.0, MODEL, "in the first N epochs train the cross-attention only (default: 0)", metavar="N"
+    )
+    cache_features: bool = flag(False, MODEL, "with --freeze_encoder: keep the encoder's output in DATA_PATH/.features")
+    augment: int = flag(
+        0,
+        MODEL,
+        "crop, colour and mirror each image at random, anew in each epoch; with --cache_features, make VARIANTS of "
+        "each image, itself included, and show one per epoch in turn (default: off; VARIANTS is 2 if not given)",
+        nargs="?",
+        const=2,
+        metavar="VARIANTS",
+    )
+    dropout: float | None = flag(None, MODEL, "of the decoder (default: its own, 0.1 for GPT-2)", metavar="RATE")
+
+    encoder_lr: float | None = flag(None, RATES, "of the encoder when it is pretrained (default: 2e-5)", metavar="RATE")
+    decoder_lr: float | None = flag(None, RATES, "of the decoder when it is pretrained (default: 1e-4)", metavar="RATE")
+    cross_attention_lr: float | None = flag(
+        None, RATES, "of the cross-attention when it is pretrained (default: 1e-4)", metavar="RATE"
+    )
+    self_critical_lr: float = flag(
+        1e-4, RATES, "of every part in self-critical epochs, at most (default: 1e-4)", metavar="RATE"
+    )
+
+    self_critical_epochs: float = flag(
+        0.0, OTHER, "the last N epochs maximise CIDEr-D on sampled captions (default: 0)", metavar="N"
+    )
+    packing: bool = flag(
+        True, OTHER, "all captions of an image in one decoder sequence: the same loss, several times faster"
+    )
+    patience: int | None = flag(
+        None,
+        OTHER,
+        "stop when N evaluations in a row were not better than the best one (default: train to the end)",
+        metavar="N",
+    )
+    help_all: bool = flag(False, OTHER, "show every flag of Seq2SeqTrainingArguments as well")
+    debug: bool = cli.debug_flag()
+
+    def __post_init__(self):
+        if self.cache_features and self.freeze_encoder != math.inf:
+            raise InputError("--cache_features needs --freeze_encoder: features of a moving encoder cannot be kept")
+        if self.augment and (self.augment < 0 or (self.augment < 2 and self.cache_features)):
+            raise InputError(f"--augment {self.augment} is below 2 variants of each image")
+        for name in ("freeze_encoder", "cross_attention_epochs", "self_critical_epochs"):
+            if not getattr(self, name) >= 0:
+                raise InputError(f"--{name} {getattr(self, name):g} is below 0")
+        if self.self_critical_epochs and not self.packing:
+            raise InputError("--self_critical_epochs needs packing: leave --no-packing out")
+        for name in ("epochs", "encoder_lr", "decoder_lr", "cross_attention_lr", "self_critical_lr"):
+            value = getattr(self, name)
+            if value is not None and not 0 < value < math.inf:
+                raise InputError(f"--{name} {value:g} is not above 0 and finite")
+        if self.dropout is not None and not 0 <= self.dropout < 1:
+            raise InputError(f"--dropout {self.dropout:g} is not between 0 and 1")
+        if self.patience is not None and self.patience < 1:
+            raise InputError(f"--patience {self.patience} is below 1")
+        if self.output_dir.exists() and not self.output_dir.is_dir():
+            raise InputError(f"--output_dir '{self.output_dir}' is a file; name a folder")
+        if any(folder.is_file() for folder in self.output_dir.absolute().parents):
+            raise InputError(f"--output_dir '{self.output_dir}' lies below a file; name another folder")
+        self.checkpoint()
+        if not (self.data_path / "dataset.json").is_file():
+            raise InputError(f"--data_path '{self.data_path}' is not a folder of dataloader.py; did you run it?")
+        if self.resume_from_checkpoint is None and any(self.output_dir.glob("checkpoint-*")):
+            raise InputError(
+                f"--output_dir '{self.output_dir}' holds checkpoints of an earlier run; continue it with "
+                "--resume_from_checkpoint auto, remove the folder, or name another"
+            )
+
+    def checkpoint(self) -> Path | None:
+        """The checkpoint to continue from, None to start anew.
+
+        Raises:
+            InputError: the one that was named is not whole.
+        """
+        asked = self.resume_from_checkpoint
+        if asked is None or asked.lower() == "false":
+            return None
+        if asked.lower() in ("auto", "true"):
+            return resilience.newest_checkpoint(self.output_dir)
+        if reason := resilience.damage(Path(asked)):
+            raise InputError(
+                f"--resume_from_checkpoint '{asked}' is not a whole checkpoint folder: {reason}; name another "
+                "checkpoint-*, or auto for the newest whole one"
+            )
+        return Path(asked)
+
+    def recipe(self) -> dict[str, Any]:
+        """The flags that results.json tells besides the Trainer's, the encoder, the decoder and the rates."""
+        told = (
+            "model_path",
+            "cross_attention_epochs",
+            "cache_features",
+            "augment",
+            "dropout",
+            "packing",
+            "self_critical_epochs",
+            "self_critical_lr",
+            "patience",
+        )
+        return {name: getattr(self, name) for name in told}
+
+
+# ---- the Trainer's flags
+
+# Our defaults where they differ from those of Seq2SeqTrainingArguments.
+DEFAULTS: dict[str, Any] = {
+    "per_device_train_batch_size": 16,
+    "per_device_eval_batch_size": 32,
+    "learning_rate": 1e-3,
+    "train_sampling_strategy": "group_by_length",
+    "lr_scheduler_type": "cosine",
+    "warmup_steps": 0.05,
+    "weight_decay": 0.01,
+    "adam_beta2": 0.98,
+    "label_smoothing_factor": 0.1,
+    "logging_steps": 0.01,
+    "eval_strategy": "epoch",
+    "save_strategy": "epoch",
+    "save_total_limit": 2,
+    "load_best_model_at_end": True,
+    "metric_for_best_model": "cider_d",
+    "predict_with_generate": True,
+    "remove_unused_columns": False,
+    "report_to": "none",
+    # Otherwise decided by transformers' log level, which is at errors only.
+    "disable_tqdm": False,
+    # Rank 0 computes cached features while the others wait.
+    "ddp_timeout": 7200,
+    # A loss that is not a number is to be seen, not logged as zero.
+    "logging_nan_inf_filter": False,
+    "seed": 0,
+}
+
+# Flags of Seq2SeqTrainingArguments that can have one value only, because every image is captioned and scored.
+FIXED = {
+    "predict_with_generate": True,
+    "remove_unused_columns": False,
+    "eval_do_concat_batches": True,
+    "batch_eval_metrics": False,
+    "dataloader_drop_last": False,
+}
+
+# Flags of Seq2SeqTrainingArguments, the least that each can be, and what it has to stay below.
+LIMITS = (
+    ("per_device_train_batch_size", 1, math.inf),
+    ("per_device_eval_batch_size", 1, math.inf),
+    ("gradient_accumulation_steps", 1, math.inf),
+    ("generation_num_beams", 1, math.inf),
+    ("generation_max_length", 1, math.inf),
+    ("dataloader_num_workers", 0, math.inf),
+    ("weight_decay", 0, math.inf),
+    ("label_smoothing_factor", 0, 1),
+    ("adam_beta1", 0, 1),
+    ("adam_beta2", 0, 1),
+    ("seed", 0, 2**32),
+)
+
+
+def read(argv: Sequence[str] | None) -> tuple[Arguments, list[str]]:
+    """Our flags, and the words that are left for the Trainer's.
+
+    Ends the process with exit code 2 where a flag is unknown or a value cannot be, before anything heavy is imported;
+    and with 0 where help was asked for.
+    """
+    parser = cli.build_parser(
+        Arguments,
+        "Train an image captioner on a folder that dataloader.py wrote.",
+        usage="%(prog)s [--data_path DATA_PATH] [--output_dir OUTPUT_DIR] [flags]",
+        epilog="Every flag of transformers.Seq2SeqTrainingArguments works too (--learning_rate, --lr_scheduler_type, "
+        "--adam_beta1, --bf16, --per_device_train_batch_size, --gradient_accumulation_steps, "
+        "--label_smoothing_factor, --report_to, ...): see --help_all.",
+    )
+    if "--help_all" in (sys.argv[1:] if argv is None else argv):
+        parser.print_help()
+        trainer_parser().print_help()
+        sys.exit(0)
+    kinds = training_argument_types()
+    theirs = [f"--{name}" for name in kinds] + [f"--no_{name}" for name, kind in kinds.items() if kind == "bool"]
+    args, rest = cli.parse_known(Arguments, parser, argv, theirs)
+    for option, value in values(rest).items():
+        kind = kinds.get(option.removeprefix("--"))
+        if kind in ("int", "float") and value:
+            try:
+                int(value) if kind == "int" else float(value)
+            except ValueError:
+                parser.error(f"{option} takes {'an integer' if kind == 'int' else 'a number'}, not '{value}'")
+    if args.epochs is not None and values(rest).keys() & {"--num_train_epochs", "--max_steps"}:
+        parser.error("--epochs and --num_train_epochs or --max_steps say two things; give one of them")
+    return args, rest
+
+
+def values(words: Sequence[str]) -> dict[str, str]:
+    """{option: its value, "" if it has none} of words such as `--bf16 --seed 3 --learning_rate=1e-4`."""
+    found = {}
+    for position, word in enumerate(words):
+        if word.startswith("--"):
+            option, _, value = word.partition("=")
+            if not value and position + 1 < len(words) and not words[position + 1].startswith("--"):
+                value = words[position + 1]
+            found[option] = value
+    return found
+
+
+@functools.cache
+def training_argument_types() -> dict[str, str]:
+    """{name: annotation without `| None`} of the Trainer's flags, read from its source: importing it takes seconds."""
+    spec = importlib.util.find_spec("transformers")
+    assert spec is not None and spec.submodule_search_locations
+    package = Path(spec.submodule_search_locations[0])
+    fields = {}
+    for file in ("training_args.py", "training_args_seq2seq.py"):
+        for node in ast.parse((package / file).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                for statement in node.body:
+                    if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+                        fields[statement.target.id] = ast.unparse(statement.annotation).split(" | ")[0]
+    return fields
+
+
+def trainer_parser():
+    """The parser of the Trainer's flags, with our defaults."""
+    from transformers import HfArgumentParser, Seq2SeqTrainingArguments
+
+    parser = HfArgumentParser(Seq2SeqTrainingArguments, allow_abbrev=False)
+    parser.set_defaults(**DEFAULTS)
+    return parser
+
+
+def training_arguments(args: Arguments, rest: Sequence[str]) -> Seq2SeqTrainingArguments:
+    """The Trainer's arguments: our defaults, those of this machine, and the words that `read` left.
+
+    Raises:
+        InputError: a value cannot be, or cannot work here.
+    """
+    given = values(rest)
+    own = [f"--output_dir={args.output_dir}"]
+    if not given.keys() & {"--num_train_epochs", "--max_steps"}:
+        own.append(f"--num_train_epochs={10 if args.epochs is None else args.epochs}")
+    defaults = device_defaults()
+    defaults["bf16"] &= not given.keys() & {"--fp16", "--use_cpu"}
+    parser = trainer_parser()
+    parser.set_defaults(**defaults)
+    parser.error = _refuse
+    try:
+        training, unused = parser.parse_args_into_dataclasses([*own, *rest], return_remaining_strings=True)
+    except (ValueError, ImportError, RuntimeError) as error:
+        raise InputError(str(error).strip().splitlines()[0]) from error
+    if unused:
+        raise InputError(f"'{unused[0]}' belongs to no flag")
+    check(training)
+    if args.patience and training.eval_strategy == "no":
+        raise InputError("--patience needs evaluations: leave it or --eval_strategy no out")
+    # What follows from other flags
+    if training.dataloader_num_workers == 0:
+        training.dataloader_persistent_workers = False
+    if training.n_gpu > 1:
+        # torch's DataParallel, which the Trainer would use, copies the model at every step.
+        cli.note(f"{training.n_gpu} GPUs are here, one is used; 'accelerate launch --multi_gpu train.py' uses all")
+        training._n_gpu = 1
+    return training
+
+
+def _refuse(message: str):
+    raise InputError(message)
+
+
+def check(training: Seq2SeqTrainingArguments) -> None:
+    """Refuse what the Trainer would accept and stumble over later.
+
+    Raises:
+        InputError: a value cannot be, or cannot work here.
+    """
+    for name, must in FIXED.items():
+        if getattr(training, name) != must:
+            raise InputError(f"--{name} {not must} cannot work here: every image is captioned and scored; leave it out")
+    for name, least, limit in LIMITS:
+        value = getattr(training, name)
+        if value is not None and not least <= value < limit:
+            reason = f"below {least}" if value < least else f"not between {least} and {limit}"
+            raise InputError(f"--{name} {value} is {reason}")
+    if training.max_steps < 1 and training.max_steps != -1:
+        raise InputError(f"--max_steps {training.max_steps} is below 1")
+    for name in ("learning_rate", "num_train_epochs"):
+        if not 0 < getattr(training, name) < math.inf:
+            raise InputError(f"--{name} {getattr(training, name):g} is not above 0 and finite")
+    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
+    if metric not in SCORE_NAMES:
+        raise InputError(f"--metric_for_best_model '{metric}' is not a score; choose from {', '.join(SCORE_NAMES)}")
+    for tracker in training.report_to or ():
+        if tracker in ("tensorboard", "wandb", "mlflow") and importlib.util.find_spec(tracker) is None:
+            raise InputError(f"--report_to {tracker} needs that package: pip install {tracker}")
+
+
+def device_defaults() -> dict[str, Any]:
+    """What depends on the machine: half precision and the number of data workers."""
+    import torch
+
+    # On a CPU, bfloat16 pays only where the processor multiplies in it.
+    processor = torch.cpu.get_capabilities()
+    half_on_cpu = bool(processor.get("amx_bf16") or processor.get("avx512_bf16"))
+    forced_to_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
+    processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    workers = max(1, min(8, (os.cpu_count() or 1) // (2 * processes)))
+    on_cuda = torch.cuda.is_available() and not forced_to_cpu
+    on_cpu = forced_to_cpu or not torch.accelerator.is_available()
+    return {
+        # Said aloud, because the Trainer takes bfloat16 for a GPU's otherwise.
+        "use_cpu": on_cpu,
+        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else on_cpu and half_on_cpu,
+        "dataloader_num_workers": workers,
+        "dataloader_persistent_workers": True,
+        "dataloader_pin_memory": on_cuda,
+    }
+
+
+# ---- several processes on CPUs
+
+
+def missing_cpu_processes() -> int:
+    """How many processes `accelerate launch --cpu --num_processes N` was asked for and left to MPI to start.
+
+    Without MPI it starts one, and tells it of the others by MASTER_ADDR only; N stands on its command line.
+    """
+    asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
+    if not asked or {"RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):
+        return 0
+    import psutil
+
+    finder = argparse.ArgumentParser(add_help=False)
+    finder.add_argument("--num_processes", "--num-processes", type=int, default=0)
+    try:
+        return finder.parse_known_args(psutil.Process(os.getppid()).cmdline())[0].num_processes
+    except psutil.Error:
+        return 0
+
+
+def start_missing_processes(script: str, argv: Sequence[str] | None) -> None:
+    """Replace this process by torch's launcher where `accelerate` started one process of several. Otherwise return."""
+    if processes := missing_cpu_processes():
+        cli.note(f"starting {processes} CPU processes with torch.distributed.run")
+        words = sys.argv[1:] if argv is None else argv
+        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+        os.execv(sys.executable, [sys.executable, *launcher, str(Path(script).resolve()), *words])

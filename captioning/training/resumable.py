@@ -1,0 +1,179 @@
+"""A Seq2SeqTrainer that can be stopped at any time and goes on as if it had not been.
+
+Whole checkpoints only; Ctrl-C and SIGTERM leave one; a resumed run ends with the weights of an undisturbed one. What is
+trained is no business of this file, see `captioning.training.trainer`.
+
+The Trainer has no public place for most of this, so private methods are overridden here, and only here.
+`tests/test_resilience.py` holds what they must do, for the version of transformers in requirements.txt.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerCallback, VisionEncoderDecoderModel
+
+from captioning.training.resilience import LossWatch, StopSignals, explained, in_own_group, whole_checkpoint
+
+
+class EvaluationStopped(Exception):
+    """Training was asked to stop while it evaluated."""
+
+
+class ResumableTrainer(Seq2SeqTrainer):
+    """
+    Args:
+        kwargs: those of `Seq2SeqTrainer`.
+    """
+
+    def __init__(self, **kwargs: Any):
+        super().__init__(**kwargs)
+        self.add_callback(Resumed(self))
+        self.losses = LossWatch()
+        self.stop = StopSignals(speak=self.is_world_process_zero())
+        # Told which epoch begins. The Trainer tells its loader, but one that skips batches does not hand it on.
+        self.set_epoch: Callable[[int], None] = lambda epoch: None
+        # Processes agree on stopping by messages between hosts: those between devices would make them wait.
+        self._hosts = torch.distributed.new_group(backend="gloo") if self.args.world_size > 1 else None
+        self._step_seen = -1
+
+    # ---- training, and stopping it
+
+    def train(self, *args, **kwargs):
+        """As the Trainer's.
+
+        Raises:
+            KeyboardInterrupt: SIGINT or SIGTERM came; after the first there is a checkpoint of the update it came in.
+            InputError: the loss was not finite.
+        """
+        with self.stop:
+            trained = super().train(*args, **kwargs)
+            if self.stop_asked():
+                raise KeyboardInterrupt
+        return trained
+
+    def training_step(self, model, inputs, *args, **kwargs):
+        loss = super().training_step(model, inputs, *args, **kwargs)
+        self.losses(loss, self.state.global_step + 1, inputs["image_id"])
+        return loss
+
+    def stop_asked(self) -> bool:
+        """Whether any process was asked to stop; all processes have to call this together."""
+        asked = torch.tensor(int(self.stop.asked))
+        if self._hosts is not None:
+            torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self._hosts)
+        return bool(asked)
+
+    def evaluation_loop(self, *args, **kwargs):
+        with explained(self.args, evaluating=True):
+            return super().evaluation_loop(*args, **kwargs)
+
+    def check_stop(self) -> None:
+        """To be called before each batch of an evaluation.
+
+        Raises:
+            EvaluationStopped: training was asked to stop.
+        """
+        if self.is_in_train and self.stop_asked():
+            raise EvaluationStopped
+
+    def _get_dataloader(self, *args, **kwargs):
+        loader = super()._get_dataloader(*args, **kwargs)
+        inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper hands on what is read, not written
+        inner.worker_init_fn = functools.partial(in_own_group, then=inner.worker_init_fn)
+        # A loader draws its workers' seed whenever it starts them, which a resumed run does at other times: not from
+        # the generator that dropout draws from.
+        inner.generator = torch.Generator().manual_seed(self.args.seed)
+        return loader
+
+    def _run_epoch(self, **kwargs):
+        # The Trainer would train one update more where a checkpoint is that of the last one.
+        if self.state.global_step >= self.state.max_steps:
+            self.control.should_training_stop = True
+        if self.control.should_training_stop:
+            return
+        self.set_epoch(kwargs["epoch"])
+        super()._run_epoch(**kwargs)
+
+    def _maybe_log_save_evaluate(self, tr_loss, grad_norm, model, trial, epoch, *args, **kwargs):
+        """What follows an update, and an epoch; here a run stops that was asked to, once it has a checkpoint.
+
+        After an epoch's last update this is called twice: only the second time it is known what follows the epoch. An
+        evaluation that is due is left to the run that goes on, which the checkpoint tells (see `Resumed`).
+        """
+        if self.control.should_log or self.control.should_evaluate or self.control.should_save:
+            self.losses.check()
+        comes_again = self.state.epoch == epoch + 1 and self.state.global_step != self._step_seen
+        self._step_seen = self.state.global_step
+        if comes_again or not self.stop_asked():
+            try:
+                return super()._maybe_log_save_evaluate(tr_loss, grad_norm, model, trial, epoch, *args, **kwargs)
+            except EvaluationStopped:
+                pass
+        self._save_checkpoint(model, trial)
+        raise KeyboardInterrupt
+
+    # ---- checkpoints
+
+    def _save_checkpoint(self, model, trial):
+        self.losses.check()
+        folder = Path(self._get_output_dir(trial), f"checkpoint-{self.state.global_step}")
+        with whole_checkpoint(folder) if self.args.should_save else contextlib.nullcontext():
+            super()._save_checkpoint(model, trial)
+
+    def _save_rng_state(self, output_dir):
+        super()._save_rng_state(output_dir)
+        # What is written next says that the checkpoint is whole.
+        self.accelerator.wait_for_everyone()
+
+    def save_model(self, output_dir=None, _internal_call=False):
+        # push_to_hub saves once more, perhaps after an evaluation in half precision: the folder holds better weights.
+        if output_dir is not None or not _internal_call:
+            super().save_model(output_dir, _internal_call)
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_from_checkpoint(resume_from_checkpoint, model)
+        return self._restore(resume_from_checkpoint)
+
+    def _load_best_model(self):
+        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
+            return super()._load_best_model()
+        return self._restore(self.state.best_model_checkpoint)
+
+    def _restore(self, checkpoint: str) -> None:
+        """Load a checkpoint's weights, every one of them.
+
+        transformers 5 saves ViT layers under other names than the model has, and its Trainer reads them back with
+        `strict=False`: the encoder then silently keeps the weights it had. `from_pretrained` knows the names.
+        """
+        saved = VisionEncoderDecoderModel.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
+        assert self.model is not None
+        self.model.load_state_dict(saved.state_dict())
+
+
+class Resumed(TrainerCallback):
+    """What a checkpoint knows and the Trainer leaves there: an evaluation that is due, and how far patience went."""
+
+    def __init__(self, trainer: ResumableTrainer):
+        self.trainer = trainer
+
+    def on_train_begin(self, args, state, control, **kwargs):
+        trainer, saved = self.trainer, state.stateful_callbacks
+        for callback in trainer.callback_handler.callbacks:
+            if isinstance(callback, EarlyStoppingCallback) and type(callback).__name__ in saved:
+                waited = saved[type(callback).__name__]["attributes"]["early_stopping_patience_counter"]
+                callback.early_stopping_patience_counter = waited
+                control.should_training_stop |= waited >= callback.early_stopping_patience
+        if saved["TrainerControl"]["args"]["should_evaluate"]:
+            try:
+                metrics = trainer._evaluate(None, None)
+            except EvaluationStopped:
+                raise KeyboardInterrupt from None
+            if trainer._determine_best_metric(metrics, None) and state.best_global_step == state.global_step:
+                state.best_model_checkpoint = str(Path(args.output_dir, f"checkpoint-{state.global_step}"))
