@@ -5,7 +5,7 @@
 # Ends with CIDEr-D 0.819 on validation and 0.840 on test.
 # Usage: coco_dir.sh COCO2014 [ENCODER: folder or hub id] [OUT: a folder]
 set -euo pipefail
-usage="usage: coco_dir.sh COCO2014 [ENCODER] [OUT]   COCO2014 holds annotations/, train2014/ and val2014/"
+usage="usage: coco_dir.sh COCO2014 [ENCODER] [OUT]; COCO2014 holds annotations/, train2014/ and val2014/"
 coco=${1:?$usage} encoder=${2:-facebook/dinov2-small} out=${3:-.}
 root=$(cd "$(dirname "$0")/../../.." && pwd)
 

@@ -5,7 +5,7 @@
 # Ends with a table: CIDEr-D 0.669 greedy, 0.714 with 3 beams, on validation.
 # Usage: decoding.sh FLICKR8K [ENCODER: folder or hub id] [OUT: a folder]
 set -euo pipefail
-usage="usage: decoding.sh FLICKR8K [ENCODER] [OUT]   FLICKR8K holds dataset_flickr8k.json and images/"
+usage="usage: decoding.sh FLICKR8K [ENCODER] [OUT]; FLICKR8K holds dataset_flickr8k.json and images/"
 flickr8k=${1:?$usage} encoder=${2:-facebook/dinov2-small} out=${3:-.}
 root=$(cd "$(dirname "$0")/../../.." && pwd)
 

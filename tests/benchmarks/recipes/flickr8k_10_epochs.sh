@@ -4,7 +4,7 @@
 # Ends with CIDEr-D 0.699 on validation and 0.750 on test.
 # Usage: flickr8k_10_epochs.sh FLICKR8K [ENCODER: folder or hub id] [OUT: a folder]
 set -euo pipefail
-usage="usage: flickr8k_10_epochs.sh FLICKR8K [ENCODER] [OUT]   FLICKR8K holds dataset_flickr8k.json and images/"
+usage="usage: flickr8k_10_epochs.sh FLICKR8K [ENCODER] [OUT]; FLICKR8K holds dataset_flickr8k.json and images/"
 flickr8k=${1:?$usage} encoder=${2:-facebook/dinov2-small} out=${3:-.}
 root=$(cd "$(dirname "$0")/../../.." && pwd)
 

@@ -6,7 +6,7 @@
 # Ends with CIDEr-D 0.899 (half of the patches), 0.806 (COCO added, 14 epochs) and 0.886 (both) on test.
 # Usage: flickr8k_clip_overfitting.sh FLICKR8K COCO2014 [ENCODER: folder or hub id] [OUT: as for the other recipe]
 set -euo pipefail
-usage="usage: flickr8k_clip_overfitting.sh FLICKR8K COCO2014 [ENCODER] [OUT]   each folder holds its Karpathy file"
+usage="usage: flickr8k_clip_overfitting.sh FLICKR8K COCO2014 [ENCODER] [OUT]; each folder holds its Karpathy file"
 flickr8k=$(realpath "${1:?$usage}") coco=$(realpath "${2:?$usage}")
 encoder=${3:-openai/clip-vit-base-patch16} out=${4:-.}
 root=$(cd "$(dirname "$0")/../../.." && pwd)

@@ -4,7 +4,7 @@
 # Ends with a table; its default scores CIDEr-D 0.613 on test. Rows that are finished are not trained again.
 # Usage: ingredients.sh FLICKR8K [ENCODER: folder or hub id] [OUT: a folder] [GPT2_DECODER: a folder]
 set -euo pipefail
-usage="usage: ingredients.sh FLICKR8K [ENCODER] [OUT] [GPT2_DECODER]   FLICKR8K holds dataset_flickr8k.json and images/"
+usage="usage: ingredients.sh FLICKR8K [ENCODER] [OUT] [GPT2_DECODER]; FLICKR8K holds dataset_flickr8k.json and images/"
 flickr8k=${1:?$usage} encoder=${2:-facebook/dinov2-small} out=${3:-.} pretrained=${4:-}
 root=$(cd "$(dirname "$0")/../../.." && pwd)
 
