@@ -159,8 +159,7 @@ def open_captioner(
     if args.model_path:
         model, new = captioner.load(args.model_path).model, set()
     else:
-        model = captioner.build(names["encoder"], names["decoder"], tokenizer)
-        new = captioner.new_parameters(model, names["encoder"], names["decoder"])
+        model, new = captioner.assemble(names["encoder"], names["decoder"], tokenizer)
     return captioner.Bundle(model, tokenizer, image_processor), new
 
 

@@ -20,7 +20,6 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import errno
 import sys
 import types
 import typing
@@ -28,6 +27,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, TypeVar
 
 from captioning import InputError
+from captioning.files import is_full_disk
 
 A = TypeVar("A")
 
@@ -74,7 +74,7 @@ def build_parser(kind: type, description: str, **options) -> argparse.ArgumentPa
         if group not in groups:
             groups[group] = parser.add_argument_group(group)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
-        if default not in (None, False, [], "") and "(default" not in options["help"]:
+        if default not in (None, [], "") and default is not False and "(default" not in options["help"]:
             options["help"] += f" (default: {'on' if default is True else default})"
         options["help"] = options["help"].replace("%", "%%")
         value = _value_type(hints[field.name])
@@ -148,13 +148,14 @@ def run(main: Callable[[], int | None]) -> None:
         # The reader (head, say) has gone. Nothing more can be said to it, not even at interpreter exit.
         sys.stdout = None
         code = 1
-    except OSError as error:
-        if "--debug" in sys.argv:
+    except Exception as error:
+        full = is_full_disk(error)
+        if "--debug" in sys.argv or not (full or isinstance(error, OSError)):
             raise
         name = sys.argv[0].rsplit("/", 1)[-1]
-        where = f"'{error.filename}': " if error.filename else ""
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        what = "the disk is full; make room and run the same command again" if full else error.strerror or error
+        file, reason = getattr(error, "filename", None), getattr(error, "strerror", None)
+        where = f"'{file}': " if file else ""
+        what = "the disk is full; make room and run the same command again" if full else reason or error
         print(f"{name}: error: {where}{what}", file=sys.stderr)
         code = 2
     except KeyboardInterrupt as error:

@@ -1,12 +1,15 @@
-"""Files that are either the old ones or the new ones, never half of either."""
+"""Files that are whole or not there, locks, JSON, full disks."""
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import json
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
@@ -53,35 +56,46 @@ def _is_running(process: int) -> bool:
 
 
 @contextlib.contextmanager
-def locked_folder(folder: Path) -> Iterator[bool]:
-    """`folder`, created, for this process alone; yields False when another process has it.
+def lock(path: Path, wait: bool) -> Iterator[bool]:
+    """Hold the lock file `path` for this process; yields whether it is held.
 
-    The lock goes with the process, however it ends, and stays with the folder when that is renamed.
+    The hold ends with the process, however that ends, and data workers that it forks do not inherit it. The file is
+    removed at the end of the block; its folder, created where there is none, stays. On a file system without locks
+    nobody is refused.
+
+    Args:
+        wait: for another process that holds it; otherwise yields False then.
     """
+    import filelock
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    # Not its soft locks: where there are no others it would warn on stderr.
+    held = filelock.FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False)
     try:
-        import fcntl
-    except ImportError:  # no such locks here
-        folder.mkdir(parents=True, exist_ok=True)
-        yield True
+        held.acquire()
+    except filelock.Timeout:
+        yield False
         return
-    while True:
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder, os.O_RDONLY)
-        try:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                yield False
-                return
-            except OSError:  # a file system without locks
-                yield True
-                return
-            # Its last owner may have renamed it in the meantime.
-            if folder.exists() and os.path.samestat(os.fstat(handle), folder.stat()):
-                yield True
-                return
-        finally:
-            os.close(handle)
+    except OSError as error:
+        if error.errno not in (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK, errno.EINVAL):
+            raise
+    try:
+        yield True
+    finally:
+        # Removed while it is held: afterwards it may be another's.
+        with contextlib.suppress(OSError):  # Windows does not remove what is open
+            path.unlink()
+        held.release()
+
+
+@contextlib.contextmanager
+def only_process(path: Path) -> Iterator[bool]:
+    """`lock` for a run folder, which is removed where nothing else is in it. A bridge until training calls `lock`."""
+    with lock(path, wait=False) as alone:
+        yield alone
+    if alone:
+        with contextlib.suppress(OSError):
+            path.parent.rmdir()
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
@@ -99,50 +113,33 @@ def is_whole_safetensors(path: Path) -> bool:
         return False
 
 
-@contextlib.contextmanager
-def only_process(lock: Path) -> Iterator[bool]:
-    """Hold `lock` for this process without its children; yields False when another one holds it.
+def is_full_disk(error: BaseException) -> bool:
+    """Whether a write failed for want of room on the disk, or of room in a quota or limit."""
+    of_rust = re.search(r"\(os error (\d+)\)", str(error))  # tokenizers and safetensors tell the number in words only
+    number = int(of_rust[1]) if of_rust else getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
-    The hold goes with the process, however it ends. The file goes with the block, and so does its folder where nothing
-    else is in it. Where there are no such locks (Windows), nobody is refused.
+
+def read_json(path: Path, remedy: str = "correct the file") -> dict[str, Any]:
+    """A JSON object from a file.
+
+    Args:
+        remedy: what to do when it holds something else.
+
+    Raises:
+        InputError: it is missing, not UTF-8 JSON, or not an object.
     """
-    try:
-        import fcntl
-    except ImportError:
-        yield True
-        return
-    while True:
-        lock.parent.mkdir(parents=True, exist_ok=True)
-        with lock.open("w") as file:
-            try:
-                # Not flock: data workers would inherit it, and they outlive a killed run for some seconds.
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except (BlockingIOError, PermissionError):
-                yield False
-                return
-            except OSError:  # a file system without locks
-                pass
-            if not (lock.exists() and os.path.samestat(os.fstat(file.fileno()), lock.stat())):
-                continue  # its last holder has removed it in the meantime
-            try:
-                yield True
-                return
-            finally:
-                lock.unlink(missing_ok=True)
-                with contextlib.suppress(OSError):  # there is something in it
-                    lock.parent.rmdir()
-
-
-def read_json(path: Path) -> dict:
-    """A JSON object from a file; InputError when it is missing, not UTF-8 JSON, or not an object."""
     try:
         content = json.loads(path.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise InputError(f"'{path}' does not exist; check the path") from None
     except OSError as error:
         raise InputError(f"cannot read '{path}': {error.strerror}") from None
-    except (ValueError, RecursionError) as error:  # also: not UTF-8, a number of thousands of digits
-        raise InputError(f"'{path}' is not a JSON file ({error}); delete it and fetch it again") from None
+    except UnicodeDecodeError as error:
+        line = error.object.count(b"\n", 0, error.start) + 1
+        raise InputError(f"'{path}' is not a JSON file in UTF-8 (line {line}: {error}); {remedy}") from None
+    except (ValueError, RecursionError) as error:  # with line and column, but for a number of thousands of digits
+        raise InputError(f"'{path}' is not a JSON file ({error}); {remedy}") from None
     if not isinstance(content, dict):
-        raise InputError(f"'{path}' holds a {type(content).__name__}, not a JSON object")
+        raise InputError(f"'{path}' holds a {type(content).__name__}, not a JSON object; {remedy}")
     return content

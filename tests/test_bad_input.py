@@ -19,9 +19,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-import dataloader
 from captioning import InputError, cli
-from captioning.data import annotations, scenes
+from captioning.data import annotations, choose, scenes
+from captioning.data.folder import SplitWriter
 from captioning.model.parts import load_tokenizer, train_tokenizer
 
 Make = Callable[[Path], list]
@@ -146,7 +146,7 @@ REFUSED: dict[str, Row] = {
     "room for no word": ("dataloader", flags("--max_length=1"), "--max_length 1 leaves no room for a word"),
     "no process": ("dataloader", flags("--num_proc=0"), "--num_proc 0 is no number of processes"),
     "a seed in words": ("dataloader", flags("--seed=lucky"), "invalid int value: 'lucky'"),
-    "an unknown flag": ("dataloader", flags("--limit=3"), "unrecognized arguments: --limit=3"),
+    "an unknown flag": ("dataloader", flags("--limit=3"), r"unknown flag --limit; did you mean --limit_data\?"),
     "two sources": ("dataloader", flags("--sample"), "--coco_dir, --karpathy_json and --sample exclude each other"),
     "a Karpathy file without images": (
         "dataloader",
@@ -627,16 +627,15 @@ def test_every_caption_comes_to_its_image_in_order(captions, rng, tmp_path):
 )
 def test_captions_are_stored_as_written_and_end_once(captions, longest, tmp_path_factory):
     folder = tmp_path_factory.mktemp("rows")
-    writer = dataloader.SplitWriter(folder)
-    for split in dataloader.SPLITS:
+    writer = SplitWriter(folder)
+    for split in choose.SPLITS:
         for number, own in enumerate(captions):
             writer.keep(split, annotations.Record(number, "x.jpg", Path("x.jpg"), tuple(own)), b"jpeg")
     tokenizer = train_tokenizer((text for own in captions for text in own), 300)
-    (folder / "out").mkdir()
-    truncated = dataloader.write_splits(writer.finish(), folder / "out", tokenizer, longest)
+    truncated = writer.finish(tokenizer, longest)
     end, cut = tokenizer.eos_token_id, 0
-    splits = load_from_disk(str(folder / "out"))
-    assert list(splits) == list(dataloader.SPLITS)
+    splits = load_from_disk(str(folder))
+    assert list(splits) == list(choose.SPLITS)
     for rows in splits.values():
         assert rows.select_columns("captions").to_dict() == {"captions": captions}
         for own, labels in zip(captions, rows["labels"], strict=True):
@@ -669,15 +668,13 @@ def test_a_plan_takes_no_image_twice_and_no_more_than_was_asked_for(names, sizes
         name: [annotations.Record(1000 * part + n, "x", Path("x"), ("a",)) for n in range(size)]
         for part, (name, size) in enumerate(zip(names, sizes, strict=False))
     }
-    arguments = [f"--limit_data={limit}", f"--val_share={val}", f"--test_share={test}"]
-    args = dataloader.parse_arguments(arguments)
     try:
-        draws = dataloader.plan(pools, args)
+        draws = choose.plan(pools, limit, val, test)
     except InputError:
         assert len(pools["val2014"]) < 2
         return
     total = sum(map(len, pools.values()))
     assert all(draw.wanted >= 0 for draw in draws)
     assert sum(draw.wanted for draw in draws) <= min(limit or total, total)
-    first = dataloader.Pools(pools, 0).first_choice(draws)
+    first = choose.Pools(pools, 0).first_choice(draws)
     assert len({record.image_id for record in first}) == len(first) == sum(draw.wanted for draw in draws)

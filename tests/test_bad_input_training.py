@@ -353,7 +353,7 @@ REFUSED: dict[str, Row] = {
     "images that cannot be read": (
         "train",
         data(split("train", images_replaced(b"<html>404</html>"))),
-        rf"image \d+ of the prepared data cannot be read \(cannot identify image file.*{AGAIN}",
+        rf"image \d+ of the prepared data cannot be read \(it looks like a web page.*{AGAIN}",
     ),
     "images cut short": (
         "train",

@@ -1,33 +1,10 @@
 """Annotations -> records."""
 
-import json
-
 import pytest
+from coco import coco_folder, write
 
 from captioning import InputError
 from captioning.data import annotations
-
-
-def write(path, content):
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-
-
-def coco_folder(root, train, val):
-    """A COCO 2014 root from {part: {image id: captions}}; the files themselves need not exist."""
-    for part, images in (("train2014", train), ("val2014", val)):
-        write(
-            root / "annotations" / f"captions_{part}.json",
-            {
-                "images": [{"id": i, "file_name": f"COCO_{part}_{i:012d}.jpg"} for i in images],
-                "annotations": [
-                    {"id": 10 * i + n, "image_id": i, "caption": caption}
-                    for i, captions in images.items()
-                    for n, caption in enumerate(captions)
-                ],
-            },
-        )
-    return root
 
 
 def test_coco_gives_one_record_per_image_with_all_captions(tmp_path):

@@ -4,28 +4,21 @@ import filecmp
 import io
 import json
 import os
-import random
 import zipfile
 from collections import Counter
 
 import pytest
+from coco import coco_folder, photographs, write
 from conftest import script
 from datasets import load_from_disk
 from httpserver import Server, body
 from PIL import Image
-from test_coco import coco_folder, write
 
 import dataloader
 from captioning import InputError
+from captioning.data import annotations, choose, folder
 from captioning.model.parts import load_tokenizer
 from captioning.show import pages
-
-
-def photographs(folder, names, mode="RGB", size=(96, 80)):
-    folder.mkdir(parents=True, exist_ok=True)
-    for name in names:
-        noise = Image.frombytes("RGB", (12, 10), random.Random(str(name)).randbytes(360))
-        noise.resize(size).convert(mode).save(folder / name, quality=90)
 
 
 @pytest.fixture(scope="module")
@@ -209,7 +202,7 @@ def test_a_failure_leaves_nothing_behind(coco_dir, tmp_path, monkeypatch):
     def fail(*_):
         raise OSError("disk full")
 
-    monkeypatch.setattr(dataloader, "tokenise", fail)
+    monkeypatch.setattr(folder, "tokenise", fail)
     with pytest.raises(OSError, match="disk full"):
         prepare(coco_dir, save_path, "--limit_data", 20)
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
@@ -218,7 +211,7 @@ def test_a_failure_leaves_nothing_behind(coco_dir, tmp_path, monkeypatch):
 
 def test_a_preview_that_cannot_be_written_is_refused(capsys):
     with pytest.raises(SystemExit) as stopped:
-        dataloader.parse_arguments(["--preview=/no/such/folder/x.png"])
+        dataloader.main(["--preview=/no/such/folder/x.png"])
     assert stopped.value.code == 2
     assert "--preview '/no/such/folder/x.png' is a folder, or lies in none" in capsys.readouterr().err
 
@@ -228,7 +221,7 @@ def die(record, short_side):
 
 
 def test_a_killed_process_ends_the_run_in_one_sentence(coco_dir, tmp_path, monkeypatch):
-    monkeypatch.setattr(dataloader, "prepare_image", die)
+    monkeypatch.setattr(choose, "prepare_image", die)
     with pytest.raises(InputError, match="one of --num_proc 2 processes was killed"):
         prepare(coco_dir, tmp_path / "out", "--num_proc", 2)
     assert list(tmp_path.iterdir()) == []
@@ -302,15 +295,13 @@ def test_coco_is_fetched_image_by_image_and_kept_for_later_runs(coco_dir, tmp_pa
 
 def test_two_thousand_real_images_take_under_60_mb(shared, tmp_path):
     """Measured on the full-size photographs, the largest ones; most of the shared images came smaller."""
-    from captioning.data import annotations
-
     pools = annotations.read_coco(shared / "coco2014")
     sizes = []
     for record in pools["train2014"] + pools["val2014"]:
         with Image.open(record.path) as image:
             if min(image.size) < 400 or image.mode != "RGB":
                 continue
-        sizes.append(len(dataloader.prepare_image(record, 256).data))
+        sizes.append(len(choose.prepare_image(record, 256).data))
     assert len(sizes) > 100
     tokenizer_and_tables = 4_000_000
     assert 2000 * sum(sizes) / len(sizes) + tokenizer_and_tables < 60_000_000

@@ -17,6 +17,7 @@ import zlib
 from email.utils import formatdate
 
 import pytest
+from coco import write
 from conftest import ROOT, hears_ctrl_c
 from datasets import load_from_disk
 from httpserver import (
@@ -35,11 +36,12 @@ from httpserver import (
     status,
     unsized,
 )
-from test_coco import write
 
 import dataloader
-from captioning import InputError
-from captioning.data import annotations, download, images, scenes
+from captioning import InputError, cli
+from captioning.data import annotations, download, scenes
+from captioning.data.fetch import MAX_REDIRECTS
+from captioning.data.folder import replaced
 
 ZIP = f"/{download.ANNOTATIONS_ZIP}"
 PARTS = {"train2014": range(1, 61), "val2014": range(101, 121)}
@@ -241,7 +243,6 @@ def test_a_fault_that_passes_is_waited_out(fault, original, server, tmp_path):
 
 @pytest.mark.parametrize("fault", [*PASSING, *LASTING])
 def test_a_fault_that_lasts_is_listed_and_costs_no_other_image(fault, original, server, tmp_path, monkeypatch):
-    monkeypatch.setattr(images, "MAX_BYTES", 3_000_000)
     monkeypatch.setattr(download, "LONGEST_RETRY_AFTER", 0.02)
     monkeypatch.setattr(download, "RETRIES", 4)
     route, reason = {**PASSING, **LASTING}[fault]
@@ -251,7 +252,7 @@ def test_a_fault_that_lasts_is_listed_and_costs_no_other_image(fault, original, 
     assert [record.image_id for record in chosen if record.is_there()] == [1, 3, 4]
     tries = server.count(image_route(2))
     if fault in LASTING and reason != "damaged":
-        assert tries == (images.MAX_REDIRECTS + 1 if "loop" in fault else 1)
+        assert tries == (MAX_REDIRECTS + 1 if "loop" in fault else 1)
     else:
         assert tries == 1 + (download.FEW_RETRIES if reason == "damaged" else download.RETRIES)
     assert not leftovers(tmp_path)
@@ -406,13 +407,13 @@ def test_an_image_of_the_cache_that_was_damaged_since_is_fetched_again(routes, u
 
 
 def test_no_room_is_said_before_the_start(server, tmp_path, monkeypatch):
-    usage = type(dataloader.shutil.disk_usage("/"))
-    monkeypatch.setattr(dataloader.shutil, "disk_usage", lambda _: usage(0, 0, 121_000_000))
+    usage = type(shutil.disk_usage("/"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 121_000_000))
     monkeypatch.setattr(dataloader, "FETCHED_SIZE", 10_000_000)
     with pytest.raises(InputError, match=r"has 0\.12 GB free and about 0\.30 GB are needed for 30 images; make room"):
         prepare(server, tmp_path)
     assert server.requests[-1].path == ZIP
-    monkeypatch.setattr(dataloader.shutil, "disk_usage", lambda _: usage(0, 0, 119_000_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(0, 0, 119_000_000))
     with pytest.raises(InputError, match="no room for the captions"):
         prepare(server, tmp_path / "new")
 
@@ -436,7 +437,7 @@ def test_a_password_is_used_and_never_shown(routes, tmp_path, capsys):
 )
 def test_other_schemes_are_refused_as_a_mirror(url, shown, capsys):
     with pytest.raises(SystemExit) as stopped:
-        dataloader.parse_arguments([f"--coco_url={url}"])
+        dataloader.main([f"--coco_url={url}"])
     error = capsys.readouterr().err
     assert stopped.value.code == 2
     assert f"--coco_url '{shown}' is not an http or https address" in error and "s3cret" not in error
@@ -749,11 +750,12 @@ def test_two_runs_into_one_folder(routes, undisturbed, tmp_path):
 
 
 def test_a_lock_goes_with_its_run(server, undisturbed, tmp_path):
-    with dataloader.work_folder(tmp_path / "out") as work:
+    with pytest.raises(RuntimeError), replaced(tmp_path / "out") as work:
         (work / "half").write_text("x")
         with pytest.raises(InputError, match="another run is writing"):
             prepare(server, tmp_path)
         assert (work / "half").exists()
+        raise RuntimeError
     prepare(server, tmp_path)
     assert_same(tmp_path / "out", undisturbed / "out")
     assert not (tmp_path / ".out.partial").exists()
@@ -780,7 +782,7 @@ def test_a_full_disk_is_said_and_nothing_half_written_stays(share, original, und
     resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
     try:
         with pytest.raises(SystemExit) as stopped:
-            dataloader.cli.run(lambda: dataloader.main(arguments))
+            cli.run(lambda: dataloader.main(arguments))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert stopped.value.code == 2
@@ -795,7 +797,7 @@ def test_a_full_disk_while_fetching_keeps_what_is_whole(server, undisturbed, tmp
     resource.setrlimit(resource.RLIMIT_FSIZE, (largest - 1, before[1]))
     try:
         with pytest.raises(SystemExit) as stopped:
-            dataloader.cli.run(lambda: prepare(server, tmp_path))
+            cli.run(lambda: prepare(server, tmp_path))
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     assert stopped.value.code == 2 and "the disk is full" in capfd.readouterr().err

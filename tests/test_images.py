@@ -37,7 +37,8 @@ from PIL import Image, ImageChops, ImageDraw, ImageFile, ImageStat
 
 from captioning import InputError
 from captioning.data import images
-from captioning.data.images import decode, image_mode, open_image, read_bytes, to_rgb
+from captioning.data.fetch import redirect_target
+from captioning.data.images import decode, open_image, read_bytes, to_rgb
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 
@@ -97,7 +98,7 @@ def test_decode_keeps_the_mode(kind, mode):
     data = encoded(drawing("L").convert(mode) if mode in ("1", "I;16") else drawing(mode), kind)
     if (kind, mode) == ("WEBP", "RGBA"):  # an opaque one is stored without alpha
         data = encoded(Image.new("RGBA", (9, 9), (1, 2, 3, 4)), kind)
-    assert image_mode(data, "x") == decode(data, "x").mode == mode
+    assert decode(data, "x").mode == mode
     assert open_image_bytes(data).mode == "RGB"
 
 
@@ -138,7 +139,7 @@ def test_palette_with_transparency(kind):
     image.putpalette([255, 0, 0, 0, 255, 0])
     image.paste(0, (0, 0, 4, 8))
     data = encoded(image, kind, transparency=0)
-    assert image_mode(data, "x") == "P"
+    assert decode(data, "x").mode == "P"
     assert open_image_bytes(data).getpixel((0, 0)) == (255, 255, 255)
     assert open_image_bytes(data).getpixel((7, 0)) == (0, 255, 0)
 
@@ -200,13 +201,21 @@ def test_a_mode_that_cannot_be_rgb_is_refused():
 # EXIF, frames, drafts
 
 
+STORED = {  # how a camera that was held so stores what it sees
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
 @pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
 @pytest.mark.parametrize("orientation", range(1, 9))
 def test_exif_orientation_is_applied(kind, orientation):
-    undo = images._UPRIGHT.get(orientation)
-    turns = {Image.Transpose.ROTATE_90: Image.Transpose.ROTATE_270}
-    turns |= {back: there for there, back in turns.items()}
-    stored = drawing() if undo is None else drawing().transpose(turns.get(undo, undo))
+    stored = drawing() if orientation == 1 else drawing().transpose(STORED[orientation])
     exif = Image.Exif()
     exif[0x010F], exif[0x0112], exif[0x0131] = "maker", orientation, "software"
     options = {"lossless": True} if kind == "WEBP" else {"quality": 95, "subsampling": 0} if kind == "JPEG" else {}
@@ -215,14 +224,17 @@ def test_exif_orientation_is_applied(kind, orientation):
 
 
 def test_exif_orientation_of_both_byte_orders_and_of_nonsense():
+    turned, nonsense = drawing().transpose(Image.Transpose.ROTATE_270), [b"", b"II*\0", bytes(40)]
+    nonsense += [b"MM\0*\0\0\0\x08\xff\xff"]
     for order, start in (("<", b"II*\0"), (">", b"MM\0*")):
         entry = struct.pack(order + "HHIHH", 0x0112, 3, 1, 6, 0)
-        block = b"Exif\0\0" + start + struct.pack(order + "IH", 8, 1) + entry
-        assert images._orientation(block) == images._orientation(block[6:]) == 6
-        assert images._orientation(block[:-5]) == 1
-        assert images._orientation(start + struct.pack(order + "I", 0xFFFFFFFF)) == 1
-    for junk in (b"", b"Exif\0\0", b"II*\0", b"MM\0*\0\0\0\x08\xff\xff", bytes(40)):
-        assert images._orientation(junk) == 1
+        block = start + struct.pack(order + "IH", 8, 1) + entry
+        nonsense += [block[:-5], start + struct.pack(order + "I", 0xFFFFFFFF)]
+        for kind in ("PNG", "JPEG"):  # without and with a head of its own
+            assert_near(open_image_bytes(encoded(drawing(), kind, exif=b"Exif\0\0" + block)), turned, 8)
+    for block in nonsense:
+        for kind in ("PNG", "JPEG"):
+            assert_near(open_image_bytes(encoded(drawing(), kind, exif=b"Exif\0\0" + block)), drawing(), 8)
     exif = Image.Exif()
     exif[0x0112] = 200
     assert_near(open_image_bytes(encoded(drawing(), exif=exif)), drawing(), 0)
@@ -600,9 +612,9 @@ def test_redirects_elsewhere_are_refused(server, target):
 
 
 def test_no_redirect_leads_from_https_to_http():
-    assert "unprotected" in refusal(images._next_hop, "https://a/x", "http://b/y", "https://a/x")
-    assert images._next_hop("https://a/x", "/y", "") == "https://a/y"
-    assert images._next_hop("http://a/x", "https://b/y", "") == "https://b/y"
+    assert "unprotected" in refusal(redirect_target, "https://a/x", "http://b/y", "https://a/x")
+    assert redirect_target("https://a/x", "/y", "") == "https://a/y"
+    assert redirect_target("http://a/x", "https://b/y", "") == "https://b/y"
 
 
 def test_a_password_is_sent_but_never_shown(server):

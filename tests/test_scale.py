@@ -17,6 +17,7 @@ import os, sys, tempfile
 from pathlib import Path
 sys.path[:0] = ["tests/benchmarks"]
 import dataloader, scale
+from captioning.data import choose
 
 def peak():
     return Path("/proc/self/status").read_text().partition("VmHWM:")[2].split()[0]
@@ -27,7 +28,7 @@ with tempfile.TemporaryDirectory() as folder:
     captions = [f"a {colour} {thing} beside {number} others" for colour in ("red", "green")
                 for thing in ("dog", "cat", "bus") for number in range(300)]
     data = os.urandom(25_000)
-    dataloader.prepare_image = lambda record, short_side: dataloader.Prepared(bytes(data))
+    choose.prepare_image = lambda record, short_side: choose.Prepared(bytes(data))
     peaks = []
     for share in sys.argv[1:]:
         root = Path(folder) / share

@@ -61,7 +61,8 @@ def read_coco(coco_dir: Path, url: str | None = None) -> dict[str, list[Record]]
 
 def _read_part(coco_dir: Path, part: str, url: str | None) -> list[Record]:
     path = coco_dir / "annotations" / f"captions_{part}.json"
-    content = read_json(path)
+    # With a mirror the annotations come from there too, and are not the user's to correct.
+    content = read_json(path, "delete it, and the same command fetches it again") if url else read_json(path)
     try:
         captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         without_image = 0

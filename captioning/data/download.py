@@ -3,6 +3,7 @@
     client = Client()
     fetch_annotations(cache, "http://images.cocodataset.org", client)
     failed = fetch_images(records, client)          # image id -> reason
+    fetcher(client, cache, False)(records)          # the same, and ends the run when there are any
 
 A file takes its name only when it is whole and checked, so that whatever stops a run, the next one goes on from there.
 """
@@ -11,7 +12,6 @@ from __future__ import annotations
 
 import email.utils
 import errno
-import itertools
 import queue
 import random
 import shutil
@@ -26,9 +26,10 @@ from io import BufferedReader, RawIOBase
 from pathlib import Path
 from typing import BinaryIO
 
-from captioning import InputError
+from captioning import InputError, cli
 from captioning.data import images
 from captioning.data.annotations import NO_NETWORK_HINT, PARTS, Record
+from captioning.data.fetch import Answer, FetchError, fetch, shown
 from captioning.files import remove_leftovers, replacing, write_whole
 
 ANNOTATIONS_ZIP = "annotations/annotations_trainval2014.zip"  # 241 MB, the captions a small part of it
@@ -63,34 +64,34 @@ class Client:
         self._not_before = 0.0  # a server's Retry-After holds for all threads
         self.stopped = threading.Event()
 
-    def get(self, url: str, check: Callable[[bytes], None] | None = None, **options) -> images.Answer:
-        """Fetch `url` as `images.fetch` does, again and again where that may help.
+    def get(self, url: str, check: Callable[[bytes], None] | None = None, **options) -> Answer:
+        """Fetch `url` as `fetch` does, again and again where that may help.
 
         Args:
             check: raises InputError when the bytes are not those of the file.
 
         Raises:
-            images.FetchError: it failed for good.
+            FetchError: it failed for good.
         """
-        for attempt in itertools.count(1):
+        attempt = 0
+        while True:
+            attempt += 1
             self._wait(self._not_before - time.monotonic())
             if "sink" in options:
                 options["sink"].restart()
             try:
-                answer = images.fetch(
-                    url, session=self._session(), **{"timeout": TIMEOUT, "deadline": DEADLINE} | options
-                )
+                answer = fetch(url, session=self._session(), **{"timeout": TIMEOUT, "deadline": DEADLINE} | options)
                 self._answered = True
                 if check:
                     check(answer.data)
                 return answer
-            except images.FetchError as failure:
+            except FetchError as failure:
                 error = failure
                 self._threads.session = None  # its connections may be in any state
                 self._answered |= failure.status is not None
                 patient = self._answered
             except InputError as failure:  # of `check`
-                error, patient = images.FetchError(str(failure), "damaged", transient=True), False
+                error, patient = FetchError(str(failure), "damaged", transient=True), False
             if self.stopped.is_set() or not error.transient or attempt > (RETRIES if patient else FEW_RETRIES):
                 raise error
             if error.retry_after:
@@ -144,7 +145,8 @@ def fetch_images(records: Sequence[Record], client: Client, connections: int = C
     for folder in {record.path.parent for record in wanted}:
         folder.mkdir(parents=True, exist_ok=True)
         remove_leftovers(folder)
-    waiting, results = iter(wanted), queue.SimpleQueue()
+    waiting = iter(wanted)
+    results: queue.SimpleQueue[tuple[Record, float, int, Exception | None]] = queue.SimpleQueue()
     lock = threading.Lock()
 
     def work() -> None:
@@ -171,7 +173,7 @@ def fetch_images(records: Sequence[Record], client: Client, connections: int = C
                 record, asked, size, error = results.get()
                 if error is None:
                     in_a_row, arrived, received = 0, time.monotonic(), received + size
-                elif isinstance(error, images.FetchError):
+                elif isinstance(error, FetchError):
                     in_a_row += 1
                     failed[record.image_id] = error.reason
                     # That server is gone, not this image alone, if nothing else came either.
@@ -209,6 +211,7 @@ def _fetch_image(record: Record, client: Client) -> int:
         if record.size and size not in (record.size, record.size[::-1]):
             raise InputError(f"the image is of {size[0]}x{size[1]} pixels, not of {record.size[0]}x{record.size[1]}")
 
+    assert record.url is not None, "it is on a server"
     data = client.get(record.url, check).data
     if not client.stopped.is_set():
         write_whole(record.path, data)
@@ -221,6 +224,32 @@ def list_failures(failed: dict[int, str]) -> list[str]:
         f"{reason}: {', '.join(str(image_id) for image_id in sorted(failed) if failed[image_id] == reason)}"
         for reason, _ in Counter(failed.values()).most_common()
     ]
+
+
+def fetcher(client: Client, cache_dir: Path, skip_missing: bool) -> Callable[[Sequence[Record]], None]:
+    """What fetches the images of records into `cache_dir`; images that cannot be had are asked for once.
+
+    Raises:
+        Unfinished: by what is returned, when an image cannot be had, unless `skip_missing`.
+    """
+    given_up: set[int] = set()
+
+    def fetch_all(records: Sequence[Record]) -> None:
+        failed = fetch_images([record for record in records if record.image_id not in given_up], client)
+        if not failed:
+            return
+        cli.note(f"{len(failed):,} images could not be fetched, by reason and id:")
+        for line in list_failures(failed):
+            cli.note(f"  {line}")
+        if not skip_missing:
+            raise Unfinished(
+                f"{len(failed):,} images could not be fetched (listed above); what was fetched is kept in "
+                f"'{cache_dir}': run the same command again to try them again, or add --skip_missing to take "
+                "other images in their place"
+            )
+        given_up.update(failed)
+
+    return fetch_all
 
 
 # ---- captions
@@ -249,7 +278,7 @@ def fetch_annotations(cache_dir: Path, url: str, client: Client) -> Path:
     try:
         try:
             archive = RemoteFile(address, client, folder)
-        except images.FetchError as error:
+        except FetchError as error:
             if error.status != 200:
                 raise
         with tqdm(unit="B", unit_scale=True, desc="captions", file=sys.stderr) as bar:
@@ -263,7 +292,7 @@ def fetch_annotations(cache_dir: Path, url: str, client: Client) -> Path:
                         client.get(address, sink=_Counted(file, bar), max_bytes=MAX_ARCHIVE, deadline=86_400)
                     with part.open("rb") as file:
                         _unpack(file, address, cache_dir, wanted, bar)
-    except images.FetchError as error:
+    except FetchError as error:
         raise Unfinished(f"cannot fetch the captions: {error}; or {NO_NETWORK_HINT}") from None
     except InputError:
         if archive:
@@ -293,7 +322,7 @@ def _unpack(file: BinaryIO, address: str, cache_dir: Path, wanted: Sequence[str]
         # RuntimeError: encrypted, or packed in a way that zipfile does not know
         reason = error.args[0] if error.args else type(error).__name__
         raise InputError(
-            f"{images.shown(address)} is not COCO's archive of annotations, or damaged ({reason}); try again, or "
+            f"{shown(address)} is not COCO's archive of annotations, or damaged ({reason}); try again, or "
             f"{NO_NETWORK_HINT}"
         ) from None
 
@@ -318,13 +347,14 @@ class RemoteFile(RawIOBase):
     """A file on a server, read by range requests of BLOCK bytes, each kept on disk until `forget`.
 
     Raises:
-        images.FetchError: it cannot be fetched; `status` is 200 where the server ignores ranges.
+        FetchError: it cannot be fetched; `status` is 200 where the server ignores ranges.
     """
 
     def __init__(self, address: str, client: Client, folder: Path):
         super().__init__()
         self.address, self.client, self.bar, self.at = address, client, None, 0
         first = client.get(address, span=(0, 0))
+        assert first.total is not None, "the answer to a span says how long the whole is"
         self.total, self.version = first.total, first.version
         # Blocks of another state of the file are of no use.
         self.blocks = folder / f".blocks-{self.total}-{zlib.crc32(self.version.encode()):08x}"
@@ -364,7 +394,7 @@ class RemoteFile(RawIOBase):
         last = min(start + BLOCK, self.total) - 1
         answer = self.client.get(self.address, span=(start, last), max_bytes=BLOCK)
         if (answer.total, answer.version, len(answer.data)) != (self.total, self.version, last + 1 - start):
-            raise images.FetchError(f"{images.shown(self.address)} changed while it was read; try again", "changed")
+            raise FetchError(f"{shown(self.address)} changed while it was read; try again", "changed")
         write_whole(self.blocks / str(start), answer.data)
         if self.bar is not None:
             self.bar.update(len(answer.data))

@@ -1,9 +1,24 @@
-"""processed_data/, written and read."""
+"""processed_data/, written and read.
+
+with replaced(target) as folder:                                  # whole in the end, or not there
+    writer = SplitWriter(folder)
+    writer.keep("train", record, jpeg)                            # for each image
+    writer.finish(tokenizer, max_length=64)
+    (folder / DESCRIPTION).write_text(describe(...))
+
+splits, description = load_prepared(target)
+splits["train"].image(0), splits["train"].captions[0], splits["train"].labels(0)
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import contextlib
+import itertools
+import json
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -11,12 +26,236 @@ import PIL.Image
 
 from captioning import InputError
 from captioning.data import images
-from captioning.files import read_json
+from captioning.data.annotations import Record
+from captioning.data.choose import SPLITS
+from captioning.files import lock, read_json
 
 if TYPE_CHECKING:
     import datasets
     import pyarrow
     from transformers import PreTrainedTokenizerBase
+
+DESCRIPTION = "dataset.json"
+AGAIN = "run dataloader.py again"
+SHARD_SIZE = 500_000_000  # bytes of one Arrow file, about
+
+
+# ---- the folder
+
+
+@contextlib.contextmanager
+def replaced(target: Path) -> Iterator[Path]:
+    """An empty folder beside `target`, which takes its place when the block ends without an error.
+
+    Hidden files of the folder that is replaced are kept. What a run that was killed left beside it is cleared away,
+    and a folder that it had just set aside is put back.
+
+    Raises:
+        InputError: something else is there, or another run is writing to it.
+    """
+    _check(target)
+    target = target.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise InputError(f"--save_path '{target}' lies below a file; name another folder") from None
+    work = target.with_name(f".{target.name}.partial")
+    old = work.with_name(f"{work.name}.old")
+    with lock(target.with_name(f".{target.name}.lock"), wait=False) as ours:
+        if not ours:
+            raise InputError(
+                f"another run is writing to --save_path '{target}'; wait until it has ended, or name another folder"
+            )
+        if old.exists() and not target.exists():
+            old.rename(target)
+        for left in (old, work):
+            shutil.rmtree(left, ignore_errors=True)
+        work.mkdir()
+        try:
+            yield work
+        except BaseException:
+            shutil.rmtree(work, ignore_errors=True)
+            raise
+        _move_into_place(work, target, old)
+
+
+def _check(target: Path) -> None:
+    """Refuse to replace a folder that `dataloader.py` did not write."""
+    if target.exists() and not target.is_dir():
+        raise InputError(f"--save_path '{target}' is a file; name a folder")
+    if target.is_dir() and not (target / DESCRIPTION).is_file():
+        others = [entry.name for entry in target.iterdir() if not entry.name.startswith(".")]
+        if others:
+            raise InputError(
+                f"--save_path '{target}' holds other files ({others[0]}); name a new folder, or one made by this script"
+            )
+
+
+def _move_into_place(work: Path, target: Path, old: Path) -> None:
+    try:
+        if target.exists():
+            for hidden in target.glob(".*"):
+                if hidden.is_file():
+                    shutil.copy2(hidden, work / hidden.name)
+            target.rename(old)
+        work.rename(target)
+    except OSError as error:
+        if old.exists() and not target.exists():
+            old.rename(target)
+        raise InputError(
+            f"the data set is finished in '{work}' but cannot be moved to '{target}' ({error.strerror}); "
+            "move it yourself, or use it where it is"
+        ) from None
+    shutil.rmtree(old, ignore_errors=True)
+
+
+# ---- written
+
+
+class SplitWriter:
+    """Writes the splits to a folder as `datasets.load_from_disk` reads them; memory does not grow with the images.
+
+    The rows wait in a file of their own until the last is there, for a tokenizer may be trained on their captions.
+    """
+
+    def __init__(self, folder: Path):
+        from datasets import Features, Image, List, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        self.folder, self.spool = folder, folder / ".spool"
+        self.spool.mkdir()
+        features = Features(
+            {
+                "image_id": Value("int64"),
+                "file_name": Value("string"),
+                "image": Image(),
+                "captions": List(Value("string")),
+            }
+        )
+        self.writers = {
+            split: ArrowWriter(features=features, path=str(self.spool / split), writer_batch_size=256)
+            for split in SPLITS
+        }
+
+    def keep(self, split: str, record: Record, data: bytes) -> None:
+        """Add a row: an image that is encoded as `data`."""
+        self.writers[split].write(
+            {
+                "image_id": record.image_id,
+                "file_name": record.file_name,
+                "image": {"bytes": data, "path": None},
+                "captions": [caption for caption in record.captions if caption.strip()],
+            }
+        )
+
+    def finish(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+        """Write the splits with their `labels`; returns how many captions were truncated to `max_length`."""
+        truncated = 0
+        for split, writer in self.writers.items():
+            writer.finalize()
+            truncated += _write_split(self.spool / split, self.folder / split, tokenizer, max_length)
+        (self.folder / "dataset_dict.json").write_text(json.dumps({"splits": list(SPLITS)}), encoding="utf-8")
+        shutil.rmtree(self.spool)
+        return truncated
+
+
+def _write_split(spool: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+    """Copy the rows of an Arrow stream with the column `labels`, a few hundred at a time, and read, not mapped."""
+    import pyarrow
+    from datasets import Dataset, Features, List, Value
+    from datasets.arrow_writer import ArrowWriter
+
+    folder.mkdir()
+    shards: list[Path] = []
+    truncated, size, writer = 0, 0, None
+    with pyarrow.OSFile(str(spool)) as file, pyarrow.ipc.open_stream(file) as batches:
+        features = Features({**Features.from_arrow_schema(batches.schema), "labels": List(List(Value("int32")))})
+        for batch in batches:
+            labels, cut = tokenise(batch["captions"], tokenizer, max_length)
+            truncated += cut
+            if writer is None:
+                shards.append(folder / f"{len(shards)}.arrow")
+                writer, size = ArrowWriter(features=features, path=str(shards[-1])), 0
+            table = pyarrow.Table.from_batches([batch]).append_column("labels", labels)
+            writer.write_table(table)
+            size += table.nbytes
+            if size > SHARD_SIZE:
+                writer.finalize()
+                writer = None
+    if writer is not None:
+        writer.finalize()
+
+    # What lies beside the rows is written by the library itself, for one row, and then names the files above.
+    rows = Dataset.from_file(str(shards[0])).select(range(1))
+    # The same arguments give the same bytes; a fingerprint drawn from object ids would not.
+    rows._fingerprint = folder.name
+    rows.save_to_disk(folder / "one")
+    names = [f"data-{number:05d}-of-{len(shards):05d}.arrow" for number in range(len(shards))]
+    for shard, name in zip(shards, names, strict=True):
+        shard.rename(folder / name)
+    state = json.loads((folder / "one" / "state.json").read_text(encoding="utf-8"))
+    state["_data_files"] = [{"filename": name} for name in names]
+    (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
+    (folder / "one" / "dataset_info.json").rename(folder / "dataset_info.json")
+    shutil.rmtree(folder / "one")
+    return truncated
+
+
+def tokenise(
+    captions: pyarrow.ListArray, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> tuple[pyarrow.ListArray, int]:
+    """Each image's captions -> their token ids likewise, and how many were truncated."""
+    import pyarrow
+
+    of_images = captions.to_pylist()
+    # All of them at once: a call of the tokenizer costs more than a caption.
+    ids, truncated = encode_captions(tokenizer, list(itertools.chain(*of_images)), max_length)
+    rest = iter(ids)
+    labels = [list(itertools.islice(rest, len(own))) for own in of_images]
+    return pyarrow.array(labels, pyarrow.list_(pyarrow.list_(pyarrow.int32()))), truncated
+
+
+def encode_captions(
+    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int
+) -> tuple[list[list[int]], int]:
+    """Captions -> token ids, each truncated to `max_length - 1` and ended by exactly one EOS.
+
+    Returns:
+        The ids of each caption, and how many captions were truncated.
+    """
+    eos = tokenizer.eos_token_id
+    texts = [" ".join(caption.split()) for caption in captions]
+    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    # A caption that spells out the end token would otherwise end early.
+    encoded = [[token for token in ids if token != eos] for ids in encoded]
+    truncated = sum(len(ids) > max_length - 1 for ids in encoded)
+    return [[*ids[: max_length - 1], eos] for ids in encoded], truncated
+
+
+def describe(
+    source: str, images: dict[str, int], settings: Mapping[str, Any], truncated: int, dropped: Mapping[str, int]
+) -> str:
+    """The content of `dataset.json`. No dates and no paths of this machine: the same arguments, the same bytes.
+
+    Args:
+        source: where the images came from, in words.
+        images: how many each split has.
+        settings: the arguments that decided the rest, by name.
+        truncated: captions that were longer than the settings allow.
+        dropped: images by the reason why they were left out.
+    """
+    content = {
+        "source": source,
+        "images": images,
+        **settings,
+        "captions_truncated": truncated,
+        "dropped": dict(sorted(dropped.items())),
+        "versions": {name: version(name) for name in ("datasets", "pillow", "tokenizers", "transformers")},
+    }
+    return json.dumps(content, indent=2) + "\n"
+
+
+# ---- read
 
 
 class Split:
@@ -65,12 +304,17 @@ class Split:
 
     def lengths(self) -> list[int]:
         """Tokens of all captions of each image, EOS included."""
-        lengths: list[int] = []
+        return [sum(own) for own in self.caption_lengths()]
+
+    def caption_lengths(self) -> list[list[int]]:
+        """Tokens of each caption of each image, EOS included."""
+        from pyarrow import compute
+
+        lengths: list[list[int]] = []
         for chunk in self._chunks("labels"):
-            # Where each image's captions begin in the list of captions, and each caption's tokens in that of tokens.
-            captions, tokens = chunk.offsets.to_numpy(), chunk.values.offsets.to_numpy()
-            begins = tokens[captions]
-            lengths += (begins[1:] - begins[:-1]).tolist()
+            of_captions = iter(compute.list_value_length(chunk.flatten()).to_pylist())
+            counts = compute.list_value_length(chunk).to_pylist()
+            lengths += [list(itertools.islice(of_captions, count)) for count in counts]
         return lengths
 
     def label_extremes(self) -> tuple[int, int]:
@@ -94,9 +338,7 @@ class Split:
         try:
             return images.to_rgb(images.decode(self.encoded(index), name), name)
         except images.ImageError as error:
-            raise InputError(
-                f"{name} of the prepared data cannot be read ({error.reason}); run dataloader.py again"
-            ) from None
+            raise InputError(f"{name} of the prepared data cannot be read ({error.reason}); {AGAIN}") from None
 
     def encoded(self, index: int) -> bytes:
         """An image's bytes as they are stored, a JPEG where `dataloader.py` wrote them."""
@@ -117,37 +359,6 @@ class Split:
         for table in self.rows.select_columns(column).with_format("arrow").iter(1024):
             yield from table[column].chunks
 
-    # A bridge for callers that still take a split for a `datasets.Dataset`.
-
-    def __getitem__(self, key: int | str) -> Any:
-        if isinstance(key, str):
-            return self._list(key)
-        row = self.rows.select_columns([name for name in self.rows.column_names if name != "image"])[key]
-        return {**row, "image": self.image(key)}
-
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        return (self[index] for index in range(len(self)))
-
-    def select_columns(self, names: list[str]) -> datasets.Dataset:
-        return self.rows.select_columns(names)
-
-
-def encode_captions(
-    tokenizer: PreTrainedTokenizerBase, captions: Sequence[str], max_length: int
-) -> tuple[list[list[int]], int]:
-    """Captions -> token ids, each truncated to `max_length - 1` and ended by exactly one EOS.
-
-    Returns:
-        The ids of each caption, and how many captions were truncated.
-    """
-    eos = tokenizer.eos_token_id
-    texts = [" ".join(caption.split()) for caption in captions]
-    encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-    # A caption that spells out the end token would otherwise end early.
-    encoded = [[token for token in ids if token != eos] for ids in encoded]
-    truncated = sum(len(ids) > max_length - 1 for ids in encoded)
-    return [[*ids[: max_length - 1], eos] for ids in encoded], truncated
-
 
 def load_prepared(folder: Path) -> tuple[dict[str, Split], dict[str, Any]]:
     """The splits train, validation and test of a folder that `dataloader.py` wrote, and its `dataset.json`.
@@ -157,25 +368,23 @@ def load_prepared(folder: Path) -> tuple[dict[str, Split], dict[str, Any]]:
     """
     from datasets import load_from_disk
 
-    description = read_json(folder / "dataset.json")
+    description = read_json(folder / DESCRIPTION, AGAIN)
     try:
         splits = load_from_disk(str(folder))
     except (OSError, ValueError, KeyError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--data_path '{folder}' cannot be read ({reason}); run dataloader.py again") from None
+        raise InputError(f"--data_path '{folder}' cannot be read ({reason}); {AGAIN}") from None
     except IndexError:
-        raise InputError(f"--data_path '{folder}' has a split without images; run dataloader.py again") from None
-    for split in ("train", "validation", "test"):
+        raise InputError(f"--data_path '{folder}' has a split without images; {AGAIN}") from None
+    for split in SPLITS:
         if split not in splits or not len(splits[split]):
-            raise InputError(f"--data_path '{folder}' has no {split} images; run dataloader.py again")
+            raise InputError(f"--data_path '{folder}' has no {split} images; {AGAIN}")
         missing = {"image_id", "image", "captions", "labels"} - set(splits[split].column_names)
         if missing:
-            raise InputError(
-                f"the {split} split of --data_path '{folder}' has no column '{min(missing)}'; run dataloader.py again"
-            )
+            raise InputError(f"the {split} split of --data_path '{folder}' has no column '{min(missing)}'; {AGAIN}")
     missing = {"source", "encoder", "decoder", "images"} - set(description)
     if missing:
-        raise InputError(f"'{folder}/dataset.json' does not say '{min(missing)}'; run dataloader.py again")
+        raise InputError(f"'{folder}/{DESCRIPTION}' does not say '{min(missing)}'; {AGAIN}")
     if not isinstance(description["images"], dict) or set(splits) - set(description["images"]):
-        raise InputError(f"'{folder}/dataset.json' does not count each split's images; run dataloader.py again")
+        raise InputError(f"'{folder}/{DESCRIPTION}' does not count each split's images; {AGAIN}")
     return {name: Split(rows) for name, rows in splits.items()}, description

@@ -10,31 +10,21 @@ a decode under 500 MB of memory and a few seconds, whatever the bytes are.
 """
 
 import contextlib
-import errno
 import io
 import os
-import re
 import stat
 import struct
 import threading
-import time
 import warnings
-import zlib
 from collections.abc import Iterator
-from concurrent.futures import Future
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
-from urllib.parse import urljoin, urlsplit
+from typing import Any
 
 from PIL import Image, ImageFile, WebPImagePlugin  # noqa: F401  (the WebP plugin is not among those PIL preloads)
 
 from captioning import InputError
+from captioning.data.fetch import DEADLINE, MAX_BYTES, SCHEME, TIMEOUT, fetch, shown
 
-MAX_BYTES = 50_000_000  # of one file or one response body
-TIMEOUT = 10.0  # seconds to connect, and between two packets
-DEADLINE = 30.0  # seconds for a whole fetch, redirects included
-MAX_REDIRECTS = 5
 MAX_SIDE = 32_768  # pixels
 
 # Pixels that may be decoded. PIL holds 4 bytes for a pixel and turning the image upright takes a second
@@ -68,32 +58,7 @@ _UPRIGHT = {  # EXIF orientation -> what undoes it
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-# Anything with a scheme is an address, so that 'ftp://...' is not looked up as a file name. Two letters at
-# least: 'C:' is a drive.
-_SCHEME = re.compile(r"[a-z][a-z0-9+.-]+(?=://)|(?:data|file|ftps?|https?)(?=:)", re.IGNORECASE)
 _OPEN_LOCK = threading.Lock()
-_TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # statuses after which the same request may succeed
-
-
-class FetchError(InputError):
-    """An address that could not be fetched, and what whoever fetches many needs to know of it."""
-
-    def __init__(
-        self,
-        message: str,
-        reason: str,
-        *,
-        transient: bool = False,
-        reachable: bool = True,
-        status: int | None = None,
-        retry_after: str = "",
-    ) -> None:
-        super().__init__(message)
-        self.reason = reason  # a few words, without the address
-        self.transient = transient  # trying again may help
-        self.reachable = reachable  # the server was there
-        self.status = status  # of the answer, if there was one
-        self.retry_after = retry_after  # the header, seconds or a date
 
 
 class ImageError(InputError):
@@ -108,15 +73,6 @@ class ImageError(InputError):
     def __init__(self, name: str, reason: str, remedy: str, verb: str = "use") -> None:
         super().__init__(f"cannot {verb} {shown(name)}: {reason}; {remedy}")
         self.reason = reason
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What a server sent: `data` (empty if it went to a sink), and of what."""
-
-    data: bytes
-    total: int | None = None  # bytes of the whole file, where a span of it was asked for
-    version: str = ""  # changes when the file does
 
 
 def open_image(
@@ -138,12 +94,6 @@ def open_image(
     return to_rgb(image, name)
 
 
-def image_mode(data: bytes, name: str) -> str:
-    """Return PIL's mode of the encoded image ("RGB", "L", ...) from its header alone. Raises InputError."""
-    with _refusing(name):
-        return _open(data, name)[0].mode
-
-
 # Reading: a file or an address -> bytes
 
 
@@ -159,7 +109,7 @@ def read_bytes(
     `timeout` is the seconds to connect and between two packets, `deadline` the seconds for the whole fetch.
     A `Path` is always local. Raises InputError if there is nothing to read, or more than `max_bytes`.
     """
-    if isinstance(source, str) and (scheme := _SCHEME.match(source)):
+    if isinstance(source, str) and (scheme := SCHEME.match(source)):
         if scheme[0].lower() not in ("http", "https"):
             raise InputError(
                 f"cannot use {shown(source)}: only http and https addresses are fetched; "
@@ -184,180 +134,8 @@ def _read_file(path: str, max_bytes: int) -> bytes:
         reason = getattr(error, "strerror", None) or "not a usable file name"
         raise InputError(f"cannot read {shown(path)}: {reason}; check the path") from error
     if len(data) > max_bytes:
-        raise _too_large(path, max_bytes)
+        raise ImageError(path, f"more than {max_bytes:,} bytes", "make the image smaller")
     return data
-
-
-def fetch(
-    url: str,
-    *,
-    session=None,
-    span: tuple[int, int] | None = None,
-    sink: BinaryIO | None = None,
-    max_bytes: int = MAX_BYTES,
-    timeout: float = TIMEOUT,
-    deadline: float = DEADLINE,
-) -> Answer:
-    """Fetch an http(s) address, or the bytes of `span` (first, last) of it.
-
-    Args:
-        session: a `requests.Session` whose connections are used again; after an error it must not be.
-        sink: where the body is written as it comes, instead of being returned.
-        max_bytes, timeout, deadline: as in `read_bytes`.
-
-    Raises:
-        FetchError: it failed. `status` is 200 where a server ignores `span`.
-    """
-    # In a thread of its own, which is left behind at the deadline. A socket timeout starts again with every
-    # packet, and nothing times a name look-up: only a second thread bounds a server that sends its headers
-    # one byte at a time.
-    result: Future[Answer] = Future()
-
-    def work() -> None:
-        try:
-            result.set_result(_download(url, session, span, sink or io.BytesIO(), max_bytes, timeout, deadline))
-        except Exception as error:
-            result.set_exception(error)
-
-    threading.Thread(target=work, name="fetch", daemon=True).start()
-    try:
-        return result.result(timeout=deadline)
-    except TimeoutError:
-        raise _too_slow(url, deadline) from None
-
-
-def _download(
-    url: str,
-    session,
-    span: tuple[int, int] | None,
-    sink: BinaryIO,
-    max_bytes: int,
-    timeout: float,
-    deadline: float,
-) -> Answer:
-    import requests  # here, since it takes longer to import than the rest of this module
-    import urllib3
-
-    began = time.monotonic()
-    # identity: images do not shrink, and a compressed body may expand a thousandfold.
-    headers = {"Accept-Encoding": "identity"}
-    if span:
-        headers["Range"] = f"bytes={span[0]}-{span[1]}"
-    # `from None` below: the text of these errors can hold the whole address, password included.
-    try:
-        with contextlib.nullcontext(session) if session else requests.Session() as session:
-            hop = url
-            for _ in range(MAX_REDIRECTS + 1):
-                _check_address(hop, url)
-                with session.get(hop, stream=True, allow_redirects=False, timeout=timeout, headers=headers) as response:
-                    location = session.get_redirect_target(response)
-                    if location is None:
-                        total = _check_answer(response, url, span)
-                        _body(response, url, sink, max_bytes, began, deadline)
-                        version = response.headers.get("ETag") or response.headers.get("Last-Modified", "")
-                        return Answer(sink.getvalue() if isinstance(sink, io.BytesIO) else b"", total, version)
-                    hop = _next_hop(hop, location, url)
-            raise FetchError(
-                f"cannot fetch {shown(url)}: more than {MAX_REDIRECTS} redirects; use the final address",
-                "too many redirects",
-            )
-    except (requests.Timeout, urllib3.exceptions.TimeoutError):
-        raise _too_slow(url, timeout) from None
-    except requests.exceptions.SSLError:
-        raise FetchError(
-            f"cannot fetch {shown(url)}: the secure connection failed; check the server's certificate",
-            "no secure connection",
-        ) from None
-    except requests.ConnectionError:
-        raise FetchError(
-            f"cannot fetch {shown(url)}: no connection to the server; check the address and the network",
-            "no connection",
-            transient=True,
-            reachable=False,
-        ) from None
-    except ValueError:  # requests.exceptions.InvalidURL and UnicodeError are among them
-        raise _bad_address(url) from None
-    except (requests.RequestException, urllib3.exceptions.HTTPError):
-        raise _cut_short(url) from None
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):  # of the sink, not of the connection
-            raise
-        raise _cut_short(url) from None
-
-
-def _check_address(hop: str, url: str) -> None:
-    parts = urlsplit(hop)  # ValueError for a malformed host
-    if parts.scheme.lower() not in ("http", "https"):
-        raise FetchError(
-            f"cannot use {shown(url)}: it redirects to {shown(hop)}, and only http and https addresses "
-            "are fetched; use the address of the image itself",
-            "redirected to another scheme",
-        )
-    if not parts.hostname or parts.port == 0:  # ValueError for a port that is no number
-        raise _bad_address(url)
-
-
-def _next_hop(hop: str, location: str, url: str) -> str:
-    """Return the address that a redirect from `hop` leads to, never one less private than `hop`."""
-    target = urljoin(hop, location)
-    if urlsplit(hop).scheme.lower() == "https" and urlsplit(target).scheme.lower() == "http":
-        raise FetchError(
-            f"cannot use {shown(url)}: it redirects from https to the unprotected {shown(target)}; "
-            "use that address if you trust it",
-            "redirected to another scheme",
-        )
-    return target
-
-
-def _check_answer(response, url: str, span: tuple[int, int] | None) -> int | None:
-    """Refuse any status but the expected one; return the size of the whole file where a span of it came."""
-    if response.status_code != (206 if span else 200):
-        raise FetchError(
-            f"cannot fetch {shown(url)}: the server answered status {response.status_code}; "
-            "check that the address opens in a browser",
-            f"status {response.status_code}",
-            transient=response.status_code in _TRANSIENT,
-            status=response.status_code,
-            retry_after=response.headers.get("Retry-After", ""),
-        )
-    if not span:
-        return None
-    sent = re.fullmatch(r"bytes (\d{1,18})-(\d{1,18})/(\d{1,18})", response.headers.get("Content-Range", ""))
-    if not sent or int(sent[1]) != span[0] or int(sent[2]) != min(span[1], int(sent[3]) - 1):
-        raise FetchError(f"cannot use {shown(url)}: the server sent another part than was asked for", "another part")
-    return int(sent[3])
-
-
-def _body(response, url: str, sink: BinaryIO, max_bytes: int, began: float, deadline: float) -> None:
-    """Write the body of a streamed requests.Response to `sink`, `max_bytes` at most once decompressed."""
-    encoding = response.headers.get("Content-Encoding", "identity").strip().lower()
-    if encoding not in ("", "identity", "gzip", "x-gzip"):
-        raise FetchError(
-            f"cannot use {shown(url)}: the server sent it compressed in a way that was not asked for; "
-            "download it by hand",
-            "compressed",
-        )
-    inflate = zlib.decompressobj(wbits=31) if "gzip" in encoding else None
-    length = response.headers.get("Content-Length", "")
-    if re.fullmatch(r"[0-9]{1,18}", length) and int(length) > max_bytes:
-        raise _too_large(url, max_bytes)
-
-    size = 0
-    # read1 returns what one packet brought, where read would wait for a full block past the deadline.
-    while chunk := response.raw.read1(65_536, decode_content=False):
-        if inflate:
-            try:
-                chunk = inflate.decompress(chunk, max_bytes + 1 - size)
-            except zlib.error:
-                raise _cut_short(url) from None
-        size += len(chunk)
-        if size > max_bytes:
-            raise _too_large(url, max_bytes)
-        sink.write(chunk)
-        if time.monotonic() - began > deadline:  # nobody waits for this thread any more
-            raise _too_slow(url, deadline)
-    if inflate and not inflate.eof:  # urllib3 raises by itself for a body shorter than its Content-Length
-        raise _cut_short(url)
 
 
 # Decoding: bytes -> an image in its own mode
@@ -463,7 +241,8 @@ def _bare_jpeg(data: bytes) -> tuple[bytes, bytes, bool, int]:
     PIL's readers of EXIF and of multi-picture files can be made to take gigabytes. Only what decides the
     pixels is left for it. Raises ValueError, IndexError or struct.error for a file that is no JPEG.
     """
-    kept, exif, frame = [b"\xff\xd8"], b"", b""
+    kept: list[bytes | memoryview] = [b"\xff\xd8"]
+    exif, frame = b"", b""
     view, at, size = memoryview(data), 2, 0
     for _ in range(MAX_PIECES):
         at = data.index(b"\xff", at)
@@ -503,7 +282,8 @@ def _bare_png(data: bytes) -> tuple[bytes, bytes]:
 
     PIL would keep up to 64 MB of text. Raises ValueError or struct.error for a file cut short.
     """
-    kept, exif = [data[:8]], b""
+    kept: list[bytes | memoryview] = [data[:8]]
+    exif = b""
     view, at = memoryview(data), 8
     for _ in range(MAX_PIECES):
         length, kind = struct.unpack_from(">I4s", data, at)
@@ -563,7 +343,8 @@ def _grey_range(image: Image.Image) -> tuple[float, float]:
     """Return the values of black and white in a grey image of mode I;16, I or F."""
     if image.mode.startswith("I;16"):
         return 0, 65_535
-    low, high = image.getextrema()  # I and F do not say what white is, so the values have to
+    extrema: Any = image.getextrema()  # of one band
+    low, high = extrema  # I and F do not say what white is, so the values have to
     if low < 0 or high > 65_535:
         return low, high
     if image.mode == "F" and high <= 1:
@@ -577,44 +358,3 @@ def _eight_bit(image: Image.Image, black: float, white: float) -> Image.Image:
     # By way of I, since I;16 does not convert to F.
     image = image if image.mode == "F" else image.convert("I").convert("F")
     return image.point(lambda value: value * scale + offset).convert("L")
-
-
-# Messages
-
-
-def shown(source: str) -> str:
-    """Return `source` quoted for a message: no user name or password, no control characters."""
-    if scheme := _SCHEME.match(source):
-        start = scheme.end() + len(re.match(r":/*", source[scheme.end() :])[0])
-        host = re.match(r"[^/?#\\]*", source[start:])[0]
-        rest = source[start + len(host) :]
-        host = host.rpartition("@")[2]
-        # user:pa/ss@host is malformed, and must not be shown either.
-        if "@" in rest and not re.fullmatch(r"(\[[^\]]*\]|[^:]*)(:\d*)?", host):
-            host, rest = "", rest.rpartition("@")[2]
-        source = source[:start] + host + rest
-    if len(source) > 300:
-        source = source[:300] + "..."
-    return repr(source)
-
-
-def _too_large(source: str, max_bytes: int) -> FetchError:
-    return FetchError(f"cannot use {shown(source)}: more than {max_bytes:,} bytes; make the image smaller", "too large")
-
-
-def _too_slow(url: str, seconds: float) -> FetchError:
-    return FetchError(
-        f"cannot fetch {shown(url)}: it took more than {seconds:g} seconds; try again",
-        "too slow",
-        transient=True,
-        reachable=False,
-    )
-
-
-def _cut_short(url: str) -> FetchError:
-    message = f"cannot fetch {shown(url)}: the connection broke before the end; try again"
-    return FetchError(message, "cut short", transient=True)
-
-
-def _bad_address(url: str) -> FetchError:
-    return FetchError(f"cannot use {shown(url)}: not a valid address; check it", "not a valid address")

@@ -1,7 +1,7 @@
 """Where the parts of a captioner come from: presets, the hub or a folder; tokenizer; image processor.
 
 An encoder or a decoder is named by a preset (random weights, no network), a local folder, or an id on the Hugging Face
-hub; weights are safetensors only.
+hub.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from captioning import InputError
-from captioning.files import is_whole_safetensors
 
 ENCODER_PRESETS: dict[str, dict[str, Any]] = {
     # 64 patches of 8 px: 0.5 M parameters, for drawn scenes and tests.
@@ -97,38 +96,22 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
         raise InputError(f"{what} '{name}' is not a folder, and not an id on the Hugging Face hub either")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", *(["*.safetensors"] if weights else [])]
-    try:
-        return Path(
-            snapshot_download(
-                str(name),
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],
-                local_files_only=not _hub_is_reachable(),
-            )
+    def fetch(*patterns: str) -> Path:
+        offline = not _hub_is_reachable()
+        folder = snapshot_download(
+            str(name), allow_patterns=list(patterns), ignore_patterns=["*/*"], local_files_only=offline
         )
+        return Path(folder)
+
+    try:
+        folder = fetch("*.json", "*.txt", *(["*.safetensors"] if weights else []))
+        if weights and not any(folder.glob("*.safetensors")):
+            folder = fetch("*.json", "*.txt", "pytorch_model*.bin")
+        return folder
     except (OSError, ValueError) as error:
         reason = "is not on the Hugging Face hub" if _hub_is_reachable() else "is not here and the hub is not reachable"
         remedy = BUNDLE_HINT if what == "--model_path" else "name a local folder or a preset: tiny, small, base"
         raise InputError(f"{what} '{name}' {reason} ({type(error).__name__}); {remedy}") from None
-
-
-def require_safetensors(folder: Path, what: str) -> None:
-    weights = sorted(folder.glob("*.safetensors"))
-    for file in weights:
-        if not is_whole_safetensors(file):
-            raise InputError(f"{what} '{folder}' has a damaged {file.name}, cut short perhaps; copy or write it again")
-    if weights:
-        return
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickled:
-        raise InputError(
-            f"{what} '{folder}' holds pickled weights ({pickled[0]}), which can run code when they are opened; "
-            "convert them to safetensors first"
-        )
-    raise InputError(
-        f"{what} '{folder}' holds no model.safetensors; name a folder or a hub id with safetensors weights"
-    )
 
 
 def read_config(folder: Path, what: str):
@@ -142,6 +125,35 @@ def read_config(folder: Path, what: str):
         raise InputError(f"{what} '{folder}' has no config.json; it is not a model folder") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{what} '{folder}' has a config.json that transformers cannot use: {error}") from None
+
+
+def encoder_config(folder: Path, what: str):
+    """The configuration of a vision encoder.
+
+    Raises:
+        InputError: it is not one that can be used here.
+    """
+    config = read_config(folder, what)
+    # CLIP and SigLIP come as two towers; captioning needs the one that sees.
+    config = getattr(config, "vision_config", config)
+    if config.model_type == "siglip2_vision_model":
+        raise InputError(
+            f"{what} '{folder}' is a SigLIP 2 for images of any shape (NaFlex), which are not supported; name one for "
+            "a fixed size, such as google/siglip2-base-patch16-224"
+        )
+    return config
+
+
+def decoder_config(folder: Path, what: str):
+    """The configuration of a decoder of the GPT-2 family.
+
+    Raises:
+        InputError: it is another kind of model.
+    """
+    config = read_config(folder, what)
+    if config.model_type != "gpt2":
+        raise InputError(f"{what} '{folder}' is a {config.model_type}; name a model of the GPT-2 family")
+    return config
 
 
 # ---- tokenizer
