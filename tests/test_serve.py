@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, hears_ctrl_c, script
+from conftest import ROOT, hears_ctrl_c, run, script
 from httpserver import Server, body, status
 from PIL import Image
 
@@ -38,10 +38,11 @@ def captioner(bundle):
     return serve.Captioner(bundle)
 
 
-def test_a_file_and_its_address_get_the_caption_of_the_command_line(captioner, bundle, trained, photo):
+def test_a_file_and_its_address_get_the_caption_of_the_command_line(captioner, trained, photo, monkeypatch, capsys):
     answer = captioner.file(str(photo))
-    expected = script("inference.py", f"--model_path={trained}", "--image_path", photo, "--device=cpu")
-    assert answer.caption == expected.stdout.strip() != "" and answer.message == ""
+    capsys.readouterr()
+    assert run("inference", [f"--model_path={trained}", "--image_path", photo, "--device=cpu"], monkeypatch) == 0
+    assert answer.caption == capsys.readouterr().out.strip() != "" and answer.message == ""
     assert answer.alternatives.count("<tr>") == 1 + 3  # as many as the model has beams
     assert answer.caption in answer.alternatives
     assert 'alt="Where the model looked' in answer.explanation and "data:image/jpeg;base64," in answer.explanation

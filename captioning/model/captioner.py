@@ -5,6 +5,7 @@ The model is the stock `transformers.VisionEncoderDecoderModel`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -25,19 +26,23 @@ from transformers import (
     ViTConfig,
     ViTModel,
 )
+from transformers.modeling_outputs import BaseModelOutput
 
 from captioning import InputError
+from captioning.files import read_json
 from captioning.model.parts import (
     BUNDLE_HINT,
     DECODER_PRESETS,
     ENCODER_PRESETS,
     Pixels,
+    decoder_config,
+    encoder_config,
     load_image_processor,
     load_tokenizer,
     read_config,
-    require_safetensors,
     resolve,
 )
+from captioning.model.weights import is_cross_attention, load_weights
 
 # What makes any GPT-2 faster: no dropout on the attention weights, which rules out the fused kernels (the dropout after
 # each layer stays), and gelu_new as one kernel instead of eight, under the name that it has in PyTorch.
@@ -67,62 +72,106 @@ class Bundle:
 # ---- build
 
 
-def build_encoder(name: str):
-    """A vision encoder in float32 from a preset, a folder or a hub id."""
+def build_encoder(name: str) -> tuple[PreTrainedModel, set[str]]:
+    """A vision encoder in float32 from a preset, a folder or a hub id, and the names of what is random in it."""
     if name in ENCODER_PRESETS:
-        return ViTModel(ViTConfig(**ENCODER_PRESETS[name]))
+        encoder = ViTModel(ViTConfig(**ENCODER_PRESETS[name]))
+        return encoder, set(encoder.state_dict())
+    what = f"--encoder '{name}'"
     folder = resolve(name, "--encoder")
-    config = read_config(folder, "--encoder")
-    # CLIP and SigLIP come as two towers; captioning needs the one that sees.
-    config = getattr(config, "vision_config", config)
-    if config.model_type == "clip_vision_model":
+    config = encoder_config(folder, "--encoder")
+    kind: Any = AutoModel
+    dropped = -1
+    if config.model_type == "vit_mae":
+        # Its own class hides random patches, also when it captions. The weights are those of a ViT.
+        known = ViTConfig().to_dict().keys() - {"model_type", "architectures"}
+        config, kind = ViTConfig(**{key: value for key, value in config.to_dict().items() if key in known}), ViTModel
+    elif config.model_type == "clip_vision_model":
         # CLIP trains its last layer for the class token alone. What the patches hold before it describes more: on a
         # part of COCO, CIDEr-D 0.76 against 0.59 on validation. (https://arxiv.org/abs/2304.08485 found the same.)
         config.num_hidden_layers -= 1
-    require_safetensors(folder, "--encoder")
+        dropped = config.num_hidden_layers
+    encoder, new = load_weights(kind, folder, config, what, surplus=lambda weight: f".layers.{dropped}." in weight)
+    give_patch_states(encoder, what)
+    return encoder, new
+
+
+def give_patch_states(encoder: Any, what: str) -> None:
+    """See to it that an encoder returns (batch, patches, hidden size), and that its config tells the hidden size.
+
+    Convolutional encoders (ConvNeXt, ResNet) return a map of features, (batch, hidden size, rows, columns): it is
+    flattened. Plain `transformers`, which does not know that, cannot use such a captioner.
+
+    Raises:
+        InputError: what it returns is neither, or it takes other inputs than pixels.
+    """
+    refusal = InputError(f"{what} is a {encoder.config.model_type}, not a vision encoder with patch states")
+    if encoder.main_input_name != "pixel_values":
+        raise refusal
+    encoder.register_forward_hook(_flatten)
+    training = encoder.training
     try:
-        # float32 said aloud: transformers 5 otherwise keeps the stored dtype, and float16 fails to learn.
-        encoder = AutoModel.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load --encoder '{name}': {str(error).splitlines()[0]}") from None
-    if encoder.main_input_name != "pixel_values" or not hasattr(encoder.config, "hidden_size"):
-        raise InputError(f"--encoder '{name}' is a {config.model_type}, not a vision encoder with patch states")
-    return encoder
+        with torch.no_grad():
+            states = encoder.eval()(pixel_values=blank_image(encoder.config))[0]
+    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+        raise refusal from None
+    finally:
+        encoder.train(training)
+    if states.dim() != 3:
+        raise refusal
+    if getattr(encoder.config, "hidden_size", None) != states.shape[2]:
+        encoder.config.hidden_size = states.shape[2]
 
 
-def build_decoder(name: str, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
-    """A GPT-2 family decoder in float32, with cross-attention, whose vocabulary is the tokenizer's."""
+def _flatten(encoder, inputs, outputs):
+    states = outputs[0]
+    if torch.is_tensor(states) and (states.dim() == 4 or not hasattr(outputs, "attentions")):
+        # VisionEncoderDecoderModel asks for attentions, which those without any attention do not name.
+        return BaseModelOutput(last_hidden_state=states.flatten(2).transpose(1, 2) if states.dim() == 4 else states)
+    return outputs
+
+
+def blank_image(config: Any) -> torch.Tensor:
+    """Pixels of the size that an encoder takes: (1, channels, height, width)."""
+    side = getattr(config, "image_size", None) or 224
+    height, width = (side, side) if isinstance(side, int) else side
+    return torch.zeros(1, getattr(config, "num_channels", 3), height, width)
+
+
+def build_decoder(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTrainedModel, set[str]]:
+    """A GPT-2 family decoder in float32, with cross-attention, and the names of what is random in it.
+
+    Its vocabulary is the tokenizer's.
+    """
     if name in DECODER_PRESETS:
         tokens = {f"{token}_token_id": getattr(tokenizer, f"{token}_token_id") for token in ("bos", "eos", "pad")}
         settings = {**DECODER_PRESETS[name], **FASTER, **tokens, "is_decoder": True, "add_cross_attention": True}
-        return GPT2LMHeadModel(GPT2Config(**settings, vocab_size=len(tokenizer)))
+        decoder = GPT2LMHeadModel(GPT2Config(**settings, vocab_size=len(tokenizer)))
+        return decoder, set(decoder.state_dict())
     folder = resolve(name, "--decoder")
-    config = read_config(folder, "--decoder")
-    if config.model_type != "gpt2":
-        raise InputError(f"--decoder '{name}' is a {config.model_type}; name a model of the GPT-2 family")
-    require_safetensors(folder, "--decoder")
+    config = decoder_config(folder, "--decoder")
     config.is_decoder, config.add_cross_attention = True, True
     config.attn_pdrop = FASTER["attn_pdrop"]
     if config.activation_function == "gelu_new":
         config.activation_function = FASTER["activation_function"]
-    try:
-        decoder = AutoModelForCausalLM.from_pretrained(
-            folder, config=config, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load --decoder '{name}': {str(error).splitlines()[0]}") from None
+    decoder, new = load_weights(AutoModelForCausalLM, folder, config, f"--decoder '{name}'", absent=is_cross_attention)
     if len(tokenizer) > decoder.config.vocab_size:
         raise InputError(
             f"the data set's tokenizer has {len(tokenizer):,} tokens and --decoder '{name}' only "
             f"{decoder.config.vocab_size:,}; run dataloader.py with --decoder '{name}'"
         )
-    return decoder
+    return decoder, new
 
 
 def build(encoder: str, decoder: str, tokenizer: PreTrainedTokenizerBase) -> VisionEncoderDecoderModel:
-    """A captioner from an encoder and a decoder, ready to train.
+    """A captioner from an encoder and a decoder, ready to train; see `assemble`."""
+    return assemble(encoder, decoder, tokenizer)[0]
+
+
+def assemble(
+    encoder: str, decoder: str, tokenizer: PreTrainedTokenizerBase
+) -> tuple[VisionEncoderDecoderModel, set[str]]:
+    """A captioner from an encoder and a decoder, ready to train, and which of its parameters have random values.
 
     Parameters that no caption loss can reach (a pooler, a masked-image token) are frozen, so that they cost no
     optimiser state and distributed training does not wait for their gradients.
@@ -130,7 +179,10 @@ def build(encoder: str, decoder: str, tokenizer: PreTrainedTokenizerBase) -> Vis
     Raises:
         InputError: either name cannot be loaded, or they do not fit the tokenizer.
     """
-    model = VisionEncoderDecoderModel(encoder=build_encoder(encoder), decoder=build_decoder(decoder, tokenizer))
+    (seeing, new_seeing), (speaking, new_speaking) = build_encoder(encoder), build_decoder(decoder, tokenizer)
+    model = VisionEncoderDecoderModel(encoder=seeing, decoder=speaking)
+    new = {f"encoder.{name}" for name in new_seeing} | {f"decoder.{name}" for name in new_speaking}
+    new |= {name for name, _ in model.named_parameters() if name.startswith("enc_to_dec_proj.")}
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
     tokens = {
         "decoder_start_token_id": start,
@@ -141,18 +193,25 @@ def build(encoder: str, decoder: str, tokenizer: PreTrainedTokenizerBase) -> Vis
     model.config.update(tokens)
     model.config.vocab_size = model.decoder.config.vocab_size
     model.generation_config = GenerationConfig(**tokens, **DECODING)
+    ignore_own_generation(model)
     _freeze_unreachable(model)
-    return model
+    return model, new
+
+
+def ignore_own_generation(model: VisionEncoderDecoderModel) -> None:
+    """Leave the captioner's generation settings the only ones.
+
+    A decoder may come with settings of its own, such as sampling, which `generate` would mix in.
+    """
+    names = ("decoder_start_token_id", "bos_token_id", "eos_token_id", "pad_token_id")
+    settings = {name: getattr(model.generation_config, name) for name in names}
+    model.decoder.generation_config = GenerationConfig(**settings)
 
 
 def _freeze_unreachable(model: VisionEncoderDecoderModel) -> None:
-    side = model.encoder.config.image_size
-    height, width = (side, side) if isinstance(side, int) else side
-    pixels = torch.zeros(1, getattr(model.encoder.config, "num_channels", 3), height, width)
+    start = torch.tensor([[model.config.decoder_start_token_id]])
     with torch.enable_grad():
-        logits = model(
-            pixel_values=pixels, decoder_input_ids=torch.tensor([[model.config.decoder_start_token_id]])
-        ).logits
+        logits = model(pixel_values=blank_image(model.encoder.config), decoder_input_ids=start).logits
     reached, pending = set(), [logits.grad_fn]
     visited = set(pending)
     while pending:
@@ -181,38 +240,11 @@ def set_dropout(model: VisionEncoderDecoderModel, rate: float) -> None:
 PARTS = ("cross_attention", "decoder", "encoder")
 
 
-def is_cross_attention(parameter: str) -> bool:
-    """Whether a parameter belongs to what connects the decoder to the image."""
-    return ".crossattention." in parameter or ".ln_cross_attn." in parameter or parameter.startswith("enc_to_dec_proj")
-
-
 def part_of(parameter: str) -> str:
     """Which of PARTS a parameter of the captioner belongs to."""
     if is_cross_attention(parameter):
         return "cross_attention"
     return parameter.split(".")[0]
-
-
-def new_parameters(model: VisionEncoderDecoderModel, encoder: str, decoder: str) -> set[str]:
-    """Names of the parameters that start from random weights."""
-    names = {name for name, _ in model.named_parameters() if name.startswith("enc_to_dec_proj.")}
-    if encoder in ENCODER_PRESETS:
-        names |= {name for name, _ in model.named_parameters() if name.startswith("encoder.")}
-    if decoder in DECODER_PRESETS:
-        names |= {name for name, _ in model.named_parameters() if name.startswith("decoder.")}
-    elif not _stores_cross_attention(resolve(decoder, "--decoder")):
-        names |= {name for name, _ in model.named_parameters() if is_cross_attention(name)}
-    return names
-
-
-def _stores_cross_attention(folder: Path) -> bool:
-    from safetensors import safe_open
-
-    for file in folder.glob("*.safetensors"):
-        with safe_open(file, "pt") as tensors:
-            if any("crossattention" in name for name in tensors.keys()):  # noqa: SIM118 (not a dict)
-                return True
-    return False
 
 
 def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
@@ -228,7 +260,7 @@ def load(path: str | os.PathLike) -> Bundle:
     """The model, tokenizer and image processor of a run folder (or of a captioner on the hub), in float32.
 
     Raises:
-        InputError: the folder is missing, incomplete, or not a vision encoder-decoder with safetensors weights.
+        InputError: the folder is missing, incomplete, or not a vision encoder-decoder, or lacks weights.
     """
     if not Path(path).exists() and str(path).startswith((".", "/", "~")):
         raise InputError(f"--model_path '{path}' does not exist; {BUNDLE_HINT}")
@@ -236,16 +268,24 @@ def load(path: str | os.PathLike) -> Bundle:
     config = read_config(folder, "--model_path")
     if config.model_type != "vision-encoder-decoder":
         raise InputError(f"--model_path '{path}' is a {config.model_type}, not an image captioner; {BUNDLE_HINT}")
-    require_safetensors(folder, "--model_path")
-    try:
-        model = VisionEncoderDecoderModel.from_pretrained(
-            folder, dtype=torch.float32, use_safetensors=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise InputError(f"cannot load the weights of '{path}': {str(error).splitlines()[0]}") from None
+    model, _ = load_weights(VisionEncoderDecoderModel, folder, config, f"--model_path '{path}'")
+    give_patch_states(model.encoder, f"the encoder of --model_path '{path}'")
+    ignore_own_generation(model)
     tokenizer = load_tokenizer(folder, "--model_path")
     image_processor = load_image_processor(folder, "--model_path")
     return Bundle(model.eval(), tokenizer, image_processor)
+
+
+def names_of(path: str | os.PathLike) -> dict[str, str]:
+    """The names of a captioner's encoder and decoder: as train.py noted them in the folder, or their kinds."""
+    folder = resolve(path, "--model_path", weights=False)
+    config = read_config(folder, "--model_path")
+    names = {"encoder": config.encoder.model_type, "decoder": config.decoder.model_type}
+    with contextlib.suppress(InputError):
+        noted = read_json(folder / "results.json").get("model")
+        if isinstance(noted, dict):
+            names |= {part: noted[part] for part in names if isinstance(noted.get(part), str)}
+    return names
 
 
 def save(bundle: Bundle, path: str | os.PathLike) -> None:

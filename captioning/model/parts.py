@@ -1,7 +1,7 @@
 """Where the parts of a captioner come from: presets, the hub or a folder; tokenizer; image processor.
 
 An encoder or a decoder is named by a preset (random weights, no network), a local folder, or an id on the Hugging Face
-hub; weights are safetensors only.
+hub.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from captioning import InputError
-from captioning.files import is_whole_safetensors
 
 ENCODER_PRESETS: dict[str, dict[str, Any]] = {
     # 64 patches of 8 px: 0.5 M parameters, for drawn scenes and tests.
@@ -97,38 +96,22 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
         raise InputError(f"{what} '{name}' is not a folder, and not an id on the Hugging Face hub either")
     from huggingface_hub import snapshot_download
 
-    patterns = ["*.json", "*.txt", *(["*.safetensors"] if weights else [])]
-    try:
-        return Path(
-            snapshot_download(
-                str(name),
-                allow_patterns=patterns,
-                ignore_patterns=["*/*"],
-                local_files_only=not _hub_is_reachable(),
-            )
+    def fetch(*patterns: str) -> Path:
+        offline = not _hub_is_reachable()
+        folder = snapshot_download(
+            str(name), allow_patterns=list(patterns), ignore_patterns=["*/*"], local_files_only=offline
         )
+        return Path(folder)
+
+    try:
+        folder = fetch("*.json", "*.txt", *(["*.safetensors"] if weights else []))
+        if weights and not any(folder.glob("*.safetensors")):
+            folder = fetch("*.json", "*.txt", "pytorch_model*.bin")
+        return folder
     except (OSError, ValueError) as error:
         reason = "is not on the Hugging Face hub" if _hub_is_reachable() else "is not here and the hub is not reachable"
         remedy = BUNDLE_HINT if what == "--model_path" else "name a local folder or a preset: tiny, small, base"
         raise InputError(f"{what} '{name}' {reason} ({type(error).__name__}); {remedy}") from None
-
-
-def require_safetensors(folder: Path, what: str) -> None:
-    weights = sorted(folder.glob("*.safetensors"))
-    for file in weights:
-        if not is_whole_safetensors(file):
-            raise InputError(f"{what} '{folder}' has a damaged {file.name}, cut short perhaps; copy or write it again")
-    if weights:
-        return
-    pickled = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth", "*.ckpt") for path in folder.glob(pattern))
-    if pickled:
-        raise InputError(
-            f"{what} '{folder}' holds pickled weights ({pickled[0]}), which can run code when they are opened; "
-            "convert them to safetensors first"
-        )
-    raise InputError(
-        f"{what} '{folder}' holds no model.safetensors; name a folder or a hub id with safetensors weights"
-    )
 
 
 def read_config(folder: Path, what: str):
@@ -142,6 +125,60 @@ def read_config(folder: Path, what: str):
         raise InputError(f"{what} '{folder}' has no config.json; it is not a model folder") from None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise InputError(f"{what} '{folder}' has a config.json that transformers cannot use: {error}") from None
+
+
+def encoder_config(folder: Path, what: str):
+    """The configuration of a vision encoder.
+
+    Raises:
+        InputError: it is not one that can be used here.
+    """
+    config = read_config(folder, what)
+    # CLIP and SigLIP come as two towers; captioning needs the one that sees.
+    config = getattr(config, "vision_config", config)
+    if config.model_type == "siglip2_vision_model":
+        raise InputError(
+            f"{what} '{folder}' is a SigLIP 2 for images of any shape (NaFlex), which are not supported; name one for "
+            "a fixed size, such as google/siglip2-base-patch16-224"
+        )
+    return config
+
+
+def decoder_config(folder: Path, what: str):
+    """The configuration of a decoder of the GPT-2 family.
+
+    Raises:
+        InputError: it is another kind of model.
+    """
+    config = read_config(folder, what)
+    if config.model_type != "gpt2":
+        raise InputError(f"{what} '{folder}' is a {config.model_type}; name a model of the GPT-2 family")
+    return config
+
+
+def refuse_other_kinds(encoder: str, decoder: str) -> None:
+    """Refuse models that train.py cannot use, by their configuration alone, before any data are prepared for them.
+
+    A run folder may stand for both. A folder without config.json passes: it holds a tokenizer alone, say.
+
+    Raises:
+        InputError: the encoder sees no images, or the decoder is not of the GPT-2 family.
+    """
+    from transformers import MODEL_MAPPING
+
+    for name, what, presets in ((encoder, "--encoder", ENCODER_PRESETS), (decoder, "--decoder", DECODER_PRESETS)):
+        folder = Path() if name in presets else resolve(name, what, weights=False)
+        if name in presets or not (folder / "config.json").is_file():
+            continue
+        if read_config(folder, what).model_type == "vision-encoder-decoder":
+            continue
+        if what == "--decoder":
+            decoder_config(folder, what)
+            continue
+        config = encoder_config(folder, what)
+        kind = MODEL_MAPPING.get(type(config), None)
+        if getattr(kind, "main_input_name", None) != "pixel_values":
+            raise InputError(f"{what} '{name}' is a {config.model_type}, not a vision encoder with patch states")
 
 
 # ---- tokenizer
@@ -235,6 +272,30 @@ def resized_side(image_processor) -> int:
 def input_side(image_processor) -> int:
     """The side, in pixels, of what the encoder sees: the crop where there is one, the resized image otherwise."""
     return _longest_of(image_processor.crop_size if image_processor.do_center_crop else image_processor.size)
+
+
+def stored_side(image_processor) -> int:
+    """The shorter side, in pixels, that images are stored with: room for a random crop, 256 for a model of 224."""
+    return max(resized_side(image_processor), round(input_side(image_processor) * 8 / 7))
+
+
+def refuse_small_images(of_data, image_processor, data_path: Path, encoder: str, decoder: str) -> None:
+    """Refuse images that were stored for a smaller model.
+
+    Args:
+        of_data: the image processor that the data were prepared for.
+        image_processor: of the model that is to see them.
+        encoder, decoder: what to prepare the data for instead.
+
+    Raises:
+        InputError: the images have less detail than the model sees.
+    """
+    stored, seen = stored_side(of_data), resized_side(image_processor)
+    if stored < seen:
+        raise InputError(
+            f"the images of --data_path '{data_path}' are stored with {stored} px, and '{encoder}' sees {seen}; run "
+            f"dataloader.py with --encoder '{encoder}' --decoder '{decoder}'"
+        )
 
 
 def _longest_of(size) -> int:

@@ -1,18 +1,22 @@
 r"""The tokenizer of the official COCO caption evaluation: equal to it token for token, without Java.
 
-The official code pipes all captions, one a line, through Stanford's PTBTokenizer (CoreNLP 3.4.1,
-`-preserveLines -lowerCase`), and then drops punctuation. PTBTokenizer is a JFlex lexer: at each position the
-longest match among all rules wins, and the first rule among equally long ones. Python's `re` would take the
-first alternative that matches at all, so this file ends with a small automaton of its own.
-
     tokenize(["A man's dog (brown) can't run."])  ->  ["a man 's dog -lrb- brown -rrb- ca n't run"]
+
+The official code pipes all captions, one a line, through Stanford's PTBTokenizer (CoreNLP 3.4.1,
+`-preserveLines -lowerCase`), and then drops punctuation. PTBTokenizer is a JFlex lexer, a table of rules. At each
+position of the text the rule with the longest match wins, and the first rule among equally long ones. For "well-known"
+the word rule matches "well", the rule for compounds matches all of it: one token. Python's `re` cannot do this, because
+it takes the first alternative that matches at all. The `regex` package can: in POSIX mode it takes the longest.
+
+The file in order: `tokenize`, the functions that turn a match into a token, the rules, and the lexer made of them.
 """
 
 import re
-import unicodedata
 from collections.abc import Callable, Iterable
 from functools import cache
 from typing import NamedTuple
+
+import regex
 
 # What the official code drops. The tokens are in lower case by then, so the names of brackets never match and
 # brackets stay in as words: "(" is scored as "-lrb-".
@@ -36,40 +40,39 @@ def tokenize(captions: Iterable[str]) -> list[str]:
     captions = [caption.replace("\n", " ") for caption in captions]
     if not captions:
         return []
-    lines = _tokenize(re.sub("[\r\v\f\u2028\u2029]", " ", "\n".join(captions))).split("\n")
-    return [" ".join([w for w in line.rstrip().split(" ") if w not in PUNCTUATION]) for line in lines]
+    lines = _print_tokens(re.sub("[\r\v\f\u2028\u2029]", " ", "\n".join(captions))).split("\n")
+    return [" ".join([w for w in line.rstrip().split(" ") if w and w not in PUNCTUATION]) for line in lines]
 
 
-# A short cut for speed: no rule for ASCII letters alone sees past a space, so words before one are tokens as
-# they are, except for those that the lexer splits.
-_PLAIN = re.compile(r"((?!(?i:cannot|gonna|gotta|lemme|gimme|wanna) )[A-Za-z]+ )+")
+# What needs no rule: line breaks, spaces, and most words. No rule for ASCII letters alone looks past a space, so a
+# word before a space is a token as it is, unless it is one of the six that are split. This is ten times faster than
+# the lexer. Other white space after a space is left to the lexer, because a rule could begin inside of it.
+_PLAIN = re.compile(
+    r"(?:(?:(?!(?i:cannot|gonna|gotta|lemme|gimme|wanna) )[A-Za-z]+)? (?![\t\u00a0\u2000-\u200a\u3000])|\n)++"
+)
 
 
-def _tokenize(text: str) -> str:
-    """What PTBTokenizer prints: lines of tokens in lower case, a space after each."""
+def _print_tokens(text: str) -> str:
+    """What PTBTokenizer prints: lines of tokens in lower case, separated by one space or several."""
     if text and max(text) > "\uffff":  # Java sees two surrogates where Python sees one character
         units = text.encode("utf-16-le", "surrogatepass")
         text = "".join([chr(low | high << 8) for low, high in zip(units[::2], units[1::2], strict=True)])
-    automaton = _automaton(*[f"({rule.pattern})({rule.before})" for rule in _RULES])
-    tokens, begin = [], 0
+    lexer = _lexer()
+    printed, begin = [], 0
     while begin < len(text):
         if plain := _PLAIN.match(text, begin):
-            tokens.append(plain[0])
+            printed.append(plain[0])
             begin = plain.end()
             continue
-        end, number = automaton.longest(text, begin)
-        token, pattern, before, give_back = _RULES[number]
-        if before:  # the token is the longest head that leaves a tail for `before`
-            head, tail = _automaton(pattern), _automaton(before)
-            ends = range(end - 1, begin, -1)
-            end = next(e for e in ends if tail.accepts(text[e:end]) and head.accepts(text[begin:e]))
-        end -= give_back
-        printed = token(text[begin:end])
-        tokens.append(printed if printed in ("", "\n") else printed + " ")
+        match = lexer.match(text, begin)
+        assert match and match.lastindex, "the last rule matches any character"
+        rule = _RULES[match.lastindex - 1]
+        end = _end_of_head(rule, text, *match.span()) if rule.before else match.end()
+        end -= rule.give_back
+        printed.append(rule.token(text[begin:end]) + " ")
         begin = end
-    printed = "".join(tokens)
     # lower() and Java disagree on one thing: a capital sigma with digits or marks between it and more letters.
-    return printed.encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").lower()
+    return "".join(printed).encode("utf-16-le", "surrogatepass").decode("utf-16-le", "replace").lower()
 
 
 # --- From a match to a token ------------------------------------------------------------------------------
@@ -155,10 +158,44 @@ def _symbol(text: str) -> str:
 
 
 # --- The rules --------------------------------------------------------------------------------------------
-# Regular expressions with | ( ) [ ] * + ? {m} {m,n} and \; letters match in either case, except inside [ ].
-# <name> stands for an entry of this table or for a class of characters in _CLASSES, further below.
+# Regular expressions of the `regex` package, with two changes: <name> stands for an entry of this table, and
+# letters match in either case, except inside [ ]. A plain "<" is written "\<".
+
+
+def _one_of(ranges: str) -> str:
+    """A class of characters from ranges of hexadecimal code points."""
+    return "[" + re.sub("[0-9A-F]{4}", r"\\u\g<0>", ranges).replace(" ", "") + "]"
+
+
+# The official lexer knows the letters and digits of Unicode 6.2, up to U+FFFF; these came later.
+_LATER = _one_of(
+    "037F 0528-052F 0558 0560 0588 058B-058C 05EF 0860-086A 0870-0887 0889-088F 08A1 08AD-08C9 0978 0980 09FC "
+    "0AF9 0C34 0C5A 0C5C-0C5D 0C80 0CDC-0CDD 0D04 0D54-0D56 0D5F 0DE6-0DEF 0E86 0E89 0E8C 0E8E-0E93 0E98 0EA0 "
+    "0EA8-0EA9 0EAC 13F5 13F8-13FD 16F1-16F8 170D 171F 1878 191D-191E 19B0-19C0 19C8-19C9 1B4C 1C80-1C8A "
+    "1C90-1CBA 1CBD-1CBF 1CF2-1CF3 1CFA 208F 209D-209F 2C2F 2C5F 312E-312F 31BB-31BF 4DB6-4DBF 9FCD-9FFF "
+    "A698-A69D A78F A794-A79F A7AB-A7DD A7E2 A7F1-A7F7 A8FD-A8FE A9E0-A9E4 A9E6-A9FE AA7E-AA7F AB30-AB5A "
+    "AB5C-AB69 AB6C-AB6D AB70-ABBF"
+)
 
 _NAMES = {
+    "any": r"[\s\S]",
+    "alpha": rf"[^\P{{L}}{_LATER[1:-1]}]|[\u1885\u1886]",
+    "digit": rf"[^\P{{Nd}}{_LATER[1:-1]}]",
+    # In words, but no letters: combining marks, modifiers, the soft hyphen.
+    "mark": _one_of(
+        "00AD 02C2-02C5 02D2-02DF 02E5-02EB 02ED 02EF-036F 0375 0378-0379 0384-0385 03F6 0483-0487 055A-055F "
+        "0591-05BD 05BF 05C1-05C2 05C4-05C5 05C7 0615-061A 064B-065E 0670 06D6-06E4 06E7-06ED 06FD-06FE 070F "
+        "0711 0730-074C 07A6-07B0 07EB-07F3 0900-0903 093C 093E-094E 0951-0955 0962-0963 0981-0983 09BC "
+        "09BE-09C4 09C7-09C8 09CB-09CD 09D7 09E2-09E3 0A01-0A03 0A3C 0A3E-0A4F 0A81-0A83 0ABC 0ABE-0ACF 0B82 "
+        "0BBE-0BC2 0BC6-0BC8 0BCA-0BCD 0C01-0C03 0C3E-0C56 0D3E-0D44 0D46-0D48 0E31 0E34-0E3A 0E47-0E4E 0EB1 "
+        "0EB4-0EBC 0EC8-0ECD"
+    ),
+    "other symbol": _one_of(
+        "00A6-00A9 00AC 00AE-00BA 00D7 00F7 0387 05BE 05C0 05C3 05C6 05F3-05F4 0600-0603 0606-060A 060C 0614 "
+        "061B 061E 066A 066D 0703-070D 07F6-07F8 0964-0965 0E4F 1FBD 2016-2017 2020-2023 2030-2038 203B "
+        "203E-2042 2044 207A-207F 208A-208E 2100-214F 2190-2BFF 3012 30FB FF01-FF0F FF1A-FF20 FF3B-FF40 "
+        "FF5B-FF65"
+    ),
     "space": r"[ \t\u00a0\u2000-\u200a\u3000]",
     "blank": r"<space>|[\n\u0085]",
     "apostrophe": r"['\u0092\u2019]|&apos;",
@@ -227,7 +264,6 @@ class _Rule(NamedTuple):
 
 
 _RULES = (
-    _Rule(_same, r"\n"),
     # Words.
     _Rule(_same, "cannot|'twas", give_back=3),
     _Rule(_same, "'tis|gonna|gotta|lemme|gimme|wanna", give_back=2),
@@ -317,198 +353,45 @@ _RULES = (
 )
 
 
-def _one_of(ranges: str) -> Callable[[str], re.Match | None]:
-    """A test for membership in ranges of hexadecimal code points."""
-    return re.compile("[" + re.sub("[0-9A-F]{4}", r"\\u\g<0>", ranges).replace(" ", "") + "]").match
-
-
-# The official lexer knows the letters and digits of Unicode 6.2, up to U+FFFF; these came later.
-_is_later = _one_of(
-    "037F 0528-052F 0560 0588 05EF 0860-086A 0870-0887 0889-088E 08A1 08AD-08C9 0978 0980 09FC 0AF9 0C34 "
-    "0C5A 0C5D 0C80 0CDD 0D04 0D54-0D56 0D5F 0DE6-0DEF 0E86 0E89 0E8C 0E8E-0E93 0E98 0EA0 0EA8-0EA9 0EAC "
-    "13F5 13F8-13FD 16F1-16F8 170D 171F 1878 191D-191E 19B0-19C0 19C8-19C9 1B4C 1C80-1C8A 1C90-1CBA "
-    "1CBD-1CBF 1CF2-1CF3 1CFA 2C2F 2C5F 312E-312F 31BB-31BF 4DB6-4DBF 9FCD-9FFF A698-A69D A78F A794-A79F "
-    "A7AB-A7CD A7D0-A7DC A7F2-A7F7 A8FD-A8FE A9E0-A9E4 A9E6-A9EF A9F0-A9FE AA7E-AA7F AB30-AB5A AB5C-AB69 "
-    "AB70-ABBF"
-)
-
-_CLASSES = {
-    "any": lambda char: True,
-    "alpha": lambda char: (unicodedata.category(char)[0] == "L" and not _is_later(char)) or char in "\u1885\u1886",
-    "digit": lambda char: unicodedata.category(char) == "Nd" and not _is_later(char),
-    # In words, but no letters: combining marks, modifiers, the soft hyphen.
-    "mark": _one_of(
-        "00AD 02C2-02C5 02D2-02DF 02E5-02EB 02ED 02EF-036F 0375 0378-0379 0384-0385 03F6 0483-0487 055A-055F "
-        "0591-05BD 05BF 05C1-05C2 05C4-05C5 05C7 0615-061A 064B-065E 0670 06D6-06E4 06E7-06ED 06FD-06FE 070F "
-        "0711 0730-074C 07A6-07B0 07EB-07F3 0900-0903 093C 093E-094E 0951-0955 0962-0963 0981-0983 09BC "
-        "09BE-09C4 09C7-09C8 09CB-09CD 09D7 09E2-09E3 0A01-0A03 0A3C 0A3E-0A4F 0A81-0A83 0ABC 0ABE-0ACF 0B82 "
-        "0BBE-0BC2 0BC6-0BC8 0BCA-0BCD 0C01-0C03 0C3E-0C56 0D3E-0D44 0D46-0D48 0E31 0E34-0E3A 0E47-0E4E 0EB1 "
-        "0EB4-0EBC 0EC8-0ECD"
-    ),
-    "other symbol": _one_of(
-        "00A6-00A9 00AC 00AE-00BA 00D7 00F7 0387 05BE 05C0 05C3 05C6 05F3-05F4 0600-0603 0606-060A 060C 0614 "
-        "061B 061E 066A 066D 0703-070D 07F6-07F8 0964-0965 0E4F 1FBD 2016-2017 2020-2023 2030-2038 203B "
-        "203E-2042 2044 207A-207F 208A-208E 2100-214F 2190-2BFF 3012 30FB FF01-FF0F FF1A-FF20 FF3B-FF40 "
-        "FF5B-FF65"
-    ),
-}
+# --- The lexer --------------------------------------------------------------------------------------------
 
 # Letters whose other cases are more than lower() and upper().
 _CASES = {"i": "\u0130\u0131", "k": "\u212a", "s": "\u017f"}
 
 
-# --- The automaton ----------------------------------------------------------------------------------------
+@cache
+def _lexer() -> regex.Pattern[str]:
+    """All rules as one pattern with a group for each. The group that matched tells the rule."""
+    rules = [f"({_expand(f'({rule.pattern})({rule.before})')})" for rule in _RULES]
+    return regex.compile("|".join(rules), regex.POSIX)
 
 
-class _Fragment(NamedTuple):
-    """A piece of a pattern; a position is a place in the pattern that consumes one character."""
-
-    empty: bool  # matches the empty string
-    first: frozenset[int]  # positions that can come first
-    last: frozenset[int]  # positions that can come last
-
-
-_EMPTY = _Fragment(True, frozenset(), frozenset())
-
-
-class _Automaton:
-    """The longest match of any of several patterns, and the first pattern that has it.
-
-    A state is the set of positions that may come next (Glushkov, 1961), built when a text first leads there.
-    """
-
-    def __init__(self, patterns: tuple[str, ...]):
-        self.tests = {}  # name of a class of characters -> its test
-        self.test_of = []  # position -> name of its class
-        self.follow = []  # position -> positions that may come after it
-        self.pattern_of = {}  # position behind the end of a pattern -> number of the pattern
-        self.signatures = {}  # character -> names of the classes that it is in
-        self.states = {}  # set of positions -> state
-        first = frozenset()
-        for number, pattern in enumerate(patterns):
-            end = self._position(None)
-            self.pattern_of[len(self.follow) - 1] = number
-            first |= self._join(self._parse(pattern), end).first
-        self.start = self.state(first)
-
-    def longest(self, text: str, begin: int) -> tuple[int, int]:
-        """(end of the longest match that begins at `begin`, number of its pattern)."""
-        state, best = self.start, None
-        for at in range(begin, len(text)):
-            state = state[text[at]]
-            if state is None:
-                break
-            if state.pattern is not None:
-                best = at + 1, state.pattern
-        return best
-
-    def accepts(self, text: str) -> bool:
-        """Whether the whole text, at least one character, is a match."""
-        match = self.longest(text, 0)
-        return match is not None and match[0] == len(text)
-
-    def state(self, positions: frozenset[int]) -> "_State":
-        if positions not in self.states:
-            self.states[positions] = _State(self, positions)
-        return self.states[positions]
-
-    def signature(self, char: str) -> frozenset[str]:
-        if char not in self.signatures:
-            self.signatures[char] = frozenset(name for name, test in self.tests.items() if test(char))
-        return self.signatures[char]
-
-    def _position(self, name: str | None) -> _Fragment:
-        self.test_of.append(name)
-        self.follow.append(set())
-        here = frozenset([len(self.follow) - 1])
-        return _Fragment(False, here, here)
-
-    def _join(self, left: _Fragment, right: _Fragment) -> _Fragment:
-        for position in left.last:
-            self.follow[position] |= right.first
-        return _Fragment(
-            left.empty and right.empty,
-            left.first | right.first if left.empty else left.first,
-            left.last | right.last if right.empty else right.last,
-        )
-
-    def _parse(self, pattern: str) -> _Fragment:
-        """Recursive descent: alternatives of sequences of repeated atoms."""
-        tokens = re.compile(r"\\u....|\[\^?(?:\\.|[^\]\\])*\]|<[a-z ]+>|\{\d+(?:,\d+)?\}|\\.|.", re.DOTALL).findall(
-            pattern
-        )
-        fragment, rest = self._alternatives(tokens, 0)
-        assert rest == len(tokens), pattern
-        return fragment
-
-    def _alternatives(self, tokens, at):
-        fragment, at = self._sequence(tokens, at)
-        while at < len(tokens) and tokens[at] == "|":
-            other, at = self._sequence(tokens, at + 1)
-            fragment = _Fragment(*[a | b for a, b in zip(fragment, other, strict=True)])
-        return fragment, at
-
-    def _sequence(self, tokens, at):
-        fragment = _EMPTY
-        while at < len(tokens) and tokens[at] not in ("|", ")"):
-            atom, end = self._atom(tokens, at)
-            repeat = tokens[end] if end < len(tokens) else ""
-            if repeat in ("*", "+", "?"):
-                if repeat != "?":
-                    self._join(atom, atom)
-                atom = atom._replace(empty=atom.empty or repeat != "+")
-                end += 1
-            elif repeat.startswith("{"):
-                low, *high = map(int, repeat[1:-1].split(","))
-                copies = [atom] + [self._atom(tokens, at)[0] for _ in range(1, (high or [low])[0])]
-                atom = _EMPTY
-                for number, copy in enumerate(copies):
-                    atom = self._join(atom, copy._replace(empty=copy.empty or number >= low))
-                end += 1
-            fragment, at = self._join(fragment, atom), end
-        return fragment, at
-
-    def _atom(self, tokens, at):
-        token = tokens[at]
-        if token == "(":
-            fragment, at = self._alternatives(tokens, at + 1)
-            return fragment, at + 1
-        if token[0] == "<" and token[1:-1] in _NAMES:
-            return self._parse(_NAMES[token[1:-1]]), at + 1
-        if token not in self.tests:
-            if token[0] == "<":
-                test = _CLASSES[token[1:-1]]
-            elif token[0] == "[" or token[:2] in ("\\u", "\\n"):
-                test = re.compile(token).match
-            else:
-                char = token[-1].lower()
-                test = frozenset([char, char.upper(), *_CASES.get(char, "")]).__contains__
-            self.tests[token] = test
-        return self._position(token), at + 1
-
-
-class _State(dict):
-    """Character -> next state, or None; worked out when first asked for."""
-
-    def __init__(self, automaton: _Automaton, positions: frozenset[int]):
-        super().__init__()
-        self.automaton = automaton
-        self.positions = positions
-        ends = automaton.pattern_of.keys() & positions
-        self.pattern = min((automaton.pattern_of[end] for end in ends), default=None)
-        self.by_signature = {}
-
-    def __missing__(self, char: str) -> "_State | None":
-        automaton = self.automaton
-        signature = automaton.signature(char)
-        if signature not in self.by_signature:
-            matched = [p for p in self.positions if automaton.test_of[p] in signature]
-            following = frozenset().union(*[automaton.follow[p] for p in matched])
-            self.by_signature[signature] = automaton.state(following) if following else None
-        self[char] = self.by_signature[signature]
-        return self[char]
+def _end_of_head(rule: _Rule, text: str, begin: int, end: int) -> int:
+    """Where the token ends if the match from `begin` to `end` includes `before`: as late as possible, as in JFlex."""
+    head, tail = _compile(rule.pattern), _compile(rule.before)
+    return next(e for e in range(end - 1, begin, -1) if tail.fullmatch(text, e, end) and head.fullmatch(text, begin, e))
 
 
 @cache
-def _automaton(*patterns: str) -> _Automaton:
-    return _Automaton(patterns)
+def _compile(pattern: str) -> regex.Pattern[str]:
+    return regex.compile(_expand(pattern))
+
+
+# Escapes, sets, names, groups, letters.
+_PIECE = re.compile(r"\\u....|\\.|\[(?:\\.|[^\\\]])*\]|<[a-z ]+>|\(|[A-Za-z]")
+
+
+def _expand(pattern: str) -> str:
+    """The pattern as `regex` reads it: names replaced, letters in either case, no groups that capture."""
+
+    def expand(match: re.Match[str]) -> str:
+        piece = match[0]
+        if piece == "(":
+            return "(?:"
+        if piece[0] == "<":
+            return f"(?:{_expand(_NAMES[piece[1:-1]])})"
+        if piece.isalpha():
+            return f"[{piece.lower()}{piece.upper()}{_CASES.get(piece.lower(), '')}]"
+        return piece  # escapes and sets stay as they are
+
+    return _PIECE.sub(expand, pattern)

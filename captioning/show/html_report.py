@@ -14,10 +14,9 @@ import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jinja2
-from markupsafe import Markup
 from PIL import Image
 
 from captioning.scores import metrics, ptb
@@ -55,6 +54,13 @@ SETTINGS = (
     "metric_for_best_model",
     "seed",
 )
+
+
+class Bar(NamedTuple):
+    """A share of captions."""
+
+    text: str
+    rem: str  # the width of its bar; "" for none
 
 
 def report_page(
@@ -96,8 +102,8 @@ def _template() -> jinja2.Template:
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
         autoescape=True,
         undefined=jinja2.StrictUndefined,
-        # Every value passes here, and is escaped after it. What a macro made is Markup, whose values have passed.
-        finalize=lambda value: value if isinstance(value, Markup) else printable(value),
+        # Every value passes here and is escaped afterwards, but for the HTML of a macro, whose own values have passed.
+        finalize=lambda value: value if hasattr(value, "__html__") else printable(value),
     )
     environment.filters |= {"printable": printable, "thousands": "{:,}".format}
     return environment.get_template("report.html.jinja")
@@ -206,24 +212,28 @@ def _overview(texts: Sequence[str], words: Sequence[Sequence[str]]) -> list[str]
     ]
 
 
-def _lengths(said: Sequence[int], written: Sequence[int]) -> list[tuple[str, dict, dict]]:
-    """(words, the model's share of captions with so many, the references') each; a share has its bar's width in rem."""
-    shares = []
-    for lengths in (said, written):
-        counts = Counter(min(length, LONGEST) for length in lengths)
-        shares.append({length: times / len(lengths) for length, times in counts.items()})
-    highest = max(share for column in shares for share in column.values())
-
-    def bar(share: float) -> dict[str, str]:
-        if not share:
-            return {"rem": "", "text": "0"}
-        return {"rem": f"{BAR_WIDTH * share / highest:.2f}", "text": _percent(share) if share >= 0.01 else "<1 %"}
-
-    found = [length for column in shares for length in column]
+def _lengths(said: Sequence[int], written: Sequence[int]) -> list[tuple[str, Bar, Bar]]:
+    """(words, the model's share of captions with so many, the references') each."""
+    ours, theirs = _shares(said), _shares(written)
+    highest = max(*ours.values(), *theirs.values())
     return [
-        (f"{length} or more" if length == LONGEST else str(length), *(bar(column.get(length, 0)) for column in shares))
-        for length in range(min(found), max(found) + 1)
+        (
+            f"{length} or more" if length == LONGEST else str(length),
+            _bar(ours.get(length, 0), highest),
+            _bar(theirs.get(length, 0), highest),
+        )
+        for length in range(min(*ours, *theirs), max(*ours, *theirs) + 1)
     ]
+
+
+def _shares(lengths: Sequence[int]) -> dict[int, float]:
+    counts = Counter(min(length, LONGEST) for length in lengths)
+    return {length: times / len(lengths) for length, times in counts.items()}
+
+
+def _bar(share: float, highest: float) -> Bar:
+    text = "0" if not share else "<1 %" if share < 0.01 else _percent(share)
+    return Bar(text, f"{BAR_WIDTH * share / highest:.2f}" if share else "")
 
 
 def _examples(

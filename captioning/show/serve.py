@@ -116,7 +116,7 @@ def _explanation(image: Image.Image, explanation: explain.Explanation) -> str:
 
 def make_page(captioner: Captioner):
     """The Gradio page, not yet served."""
-    import gradio
+    import gradio  # type: ignore[import-not-found]
 
     def shown(answer: Answer):
         message = f'<p class="message" role="alert">{html.escape(answer.message)}</p>' if answer.message else ""
@@ -174,7 +174,7 @@ def serve(bundle: Bundle, host: str, port: int, alternatives: int = 0, layers: S
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads; gone when the page is
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         check_gradio()
-        import gradio
+        import gradio  # type: ignore[import-not-found]
 
         page = make_page(Captioner(bundle, alternatives, layers))
         # Fonts of the system: the default theme fetches its own from the network.

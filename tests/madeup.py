@@ -1,0 +1,76 @@
+"""A run folder without a training: made-up captions and scores of small pictures, as `run_folder.write` takes them."""
+
+from __future__ import annotations
+
+import io
+
+from PIL import Image
+
+from captioning.data.folder import Split
+from captioning.show.run_folder import Run
+
+COLOURS = ("red", "green", "blue", "yellow", "white", "black")
+THINGS = ("ball", "box", "kite", "car")
+
+
+def split(count: int) -> Split:
+    """`count` plain pictures of 48 x 36 pixels with three captions each."""
+    from datasets import Dataset, Features, List, Value
+    from datasets import Image as Picture
+
+    rows: dict[str, list] = {"image_id": [], "file_name": [], "image": [], "captions": [], "labels": []}
+    for index in range(count):
+        colour, thing = COLOURS[index % len(COLOURS)], THINGS[index // len(COLOURS) % len(THINGS)]
+        data = io.BytesIO()
+        Image.new("RGB", (48, 36), colour).save(data, "PNG")
+        place = f"place {index}"
+        rows["image_id"].append(1000 + index)
+        rows["file_name"].append(f"{index}.png")
+        rows["image"].append({"bytes": data.getvalue(), "path": None})
+        rows["captions"].append([f"A {colour} {thing} in {place}.", f"There is a {thing} in {place}.", f"A {thing}."])
+        rows["labels"].append([[1, 0]] * 3)
+    features = {"image_id": Value("int64"), "file_name": Value("string"), "image": Picture()}
+    features |= {"captions": List(Value("string")), "labels": List(List(Value("int32")))}
+    return Split(Dataset.from_dict(rows, features=Features(features)))
+
+
+def run(test_split: Split, **changed) -> Run:
+    """A run of two epochs; every third caption is a bad one."""
+    predictions = {
+        image_id: "the picture." if index % 3 else captions[index % 2].lower()
+        for index, (image_id, captions) in enumerate(zip(test_split.image_id, test_split.captions, strict=True))
+    }
+    scores = {"loss": 2.345, "bleu_1": 0.612, "bleu_2": 0.432, "bleu_3": 0.321, "bleu_4": 0.234, "rouge_l": 0.543}
+    scores |= {"cider_d": 0.876, "rouge_1": 0.654, "rouge_2": 0.345, "rouge_lsum": 0.567}
+    history: list[dict] = []
+    for step in range(1, 21):
+        history.append({"loss": 2 + 2 / step, "epoch": step / 10, "step": step})
+        if step % 10 == 0:
+            history.append({f"eval_{key}": value * step / 20 for key, value in scores.items()} | {"epoch": step / 10})
+            history[-1]["step"] = step
+    values = {
+        "predictions": predictions,
+        "validation": scores,
+        "test": {key: value - 0.011 for key, value in scores.items()},
+        "log_history": history,
+        "steps": 20,
+        "kept": 20,
+        "names": {"encoder": "tiny", "decoder": "tiny", "freeze_encoder": 0},
+        "recipe": {"model_path": None, "packing": True, "augment": 0},
+        "learning_rates": {"encoder": 1e-3, "decoder": 1e-3, "cross_attention": 1e-3},
+        "settings": {
+            "metric_for_best_model": "cider_d",
+            "label_smoothing_factor": 0.1,
+            "seed": 0,
+            "num_train_epochs": 2,
+        },
+        "decoding": {"num_beams": 3, "max_new_tokens": 32},
+        "description": {
+            "source": "drawn scenes",
+            "encoder": "tiny",
+            "decoder": "tiny",
+            "images": {"train": 900, "validation": 80, "test": len(test_split)},
+            "versions": {"pillow": "1.0"},
+        },
+    }
+    return Run(**(values | changed))
