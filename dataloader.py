@@ -134,10 +134,11 @@ def prepare(args: Arguments, work: Path) -> str:
 
     disable_progress_bar()
     parts.quiet_transformers()
+    parts.refuse_other_kinds(args.encoder, args.decoder)
     image_processor = parts.load_image_processor(args.encoder, whole=not args.center_crop)
     tokenizer = None if args.decoder in parts.DECODER_PRESETS else parts.load_tokenizer(args.decoder)
     # Room for a random crop: 256 pixels for a model that sees 224.
-    short_side = max(parts.resized_side(image_processor), round(parts.input_side(image_processor) * 8 / 7))
+    short_side = parts.stored_side(image_processor)
     cli.note(f"images are stored with a shorter side of {short_side} px at most, for {args.encoder}")
 
     # Choose

@@ -1,6 +1,6 @@
 """Stage 3: caption images with a trained model.
 
-    python inference.py --image_path photo.jpg                       # the caption alone on stdout
+    python inference.py photo.jpg                                    # the caption alone on stdout
     python inference.py --image_path https://example.com/photo.jpg
     python inference.py --image_path photos/ 'more/*.png'            # path<TAB>caption lines
     python inference.py --image_path photos/ --output captions.json  # [{"path", "caption"}]
@@ -137,7 +137,7 @@ class Arguments:
 
 
 def main(argv: list[str] | None = None) -> int:
-    args = cli.parse(Arguments, argv, "Caption images, or score captions.")
+    args = cli.parse(Arguments, argv, "Caption images, or score captions.", positional="image_path")
     if args.serve:
         from captioning.show import serve
 

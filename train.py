@@ -11,13 +11,16 @@ report.html, training_curves.png, gallery.png, README.md. The table of test scor
 
 from __future__ import annotations
 
+import bisect
 import contextlib
+import itertools
+import math
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioning import InputError, cli
-from captioning.files import only_process
+from captioning.files import lock
 from captioning.scores.names import SCORE_NAMES
 from captioning.training import arguments, resilience
 
@@ -25,11 +28,13 @@ if TYPE_CHECKING:
     import torch
     from transformers import Seq2SeqTrainingArguments, VisionEncoderDecoderModel
 
+    from captioning.data.folder import Split
     from captioning.model.captioner import Bundle
     from captioning.training.batches import CaptionDataset
     from captioning.training.trainer import CaptionTrainer
 
 Say = Callable[[str], None]
+DEFAULT_MAX_LENGTH = 64  # of captions in folders that do not say
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -59,11 +64,11 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
 
     # Model
     set_seed(training.seed)
-    names = {part: getattr(args, part) or description[part] for part in ("encoder", "decoder")}
-    bundle, new = open_captioner(args, names, description)
+    bundle, new, names = open_captioner(args, description)
+    splits = in_tokens_of(bundle.tokenizer, splits, description, say)
     frozen = args.freeze_encoder >= training.num_train_epochs
     configure(bundle.model, args, training, frozen)
-    check_labels(splits, bundle, args.data_path, names["decoder"])
+    limit_length(bundle, splits, training.generation_max_length, args.data_path, names["decoder"], say)
     rates = learning_rates(args, training.learning_rate, bundle.model, new)
     every, trained = captioner.count_parameters(bundle.model)
     say(f"model: {' -> '.join(names.values())}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
@@ -131,23 +136,33 @@ def only_run_in(folder: Path, training: Seq2SeqTrainingArguments) -> Iterator[No
     if training.process_index:  # the first process holds it for all
         yield
         return
-    with only_process(folder / ".lock") as alone:
-        if not alone:
-            raise InputError(f"--output_dir '{folder}' belongs to a training that is running; name another folder")
-        yield
+    try:
+        with lock(folder / ".lock", wait=False) as alone:
+            if not alone:
+                raise InputError(f"--output_dir '{folder}' belongs to a training that is running; name another folder")
+            yield
+    finally:
+        with contextlib.suppress(OSError):  # there is something in it, as a rule
+            folder.rmdir()
 
 
 def open_captioner(
-    args: arguments.Arguments, names: Mapping[str, str], description: Mapping[str, Any]
-) -> tuple[Bundle, set[str]]:
-    """The captioner to train, and the names of its parameters that start from random weights."""
+    args: arguments.Arguments, description: Mapping[str, Any]
+) -> tuple[Bundle, set[str], dict[str, str]]:
+    """The captioner to train, which of its parameters have random values, and the names of its encoder and decoder."""
     from captioning.model import captioner, parts
 
+    of_data = parts.load_image_processor(args.data_path, "--data_path")
+    if args.model_path:
+        bundle = captioner.load(args.model_path)
+        parts.refuse_small_images(of_data, bundle.image_processor, args.data_path, args.model_path, args.model_path)
+        return bundle, set(), captioner.names_of(args.model_path)
+    names = {part: getattr(args, part) or description[part] for part in ("encoder", "decoder")}
     tokenizer = parts.load_tokenizer(args.data_path, "--data_path")
-    if names["encoder"] == description["encoder"]:
-        image_processor = parts.load_image_processor(args.data_path, "--data_path")
-    else:
+    image_processor = of_data
+    if names["encoder"] != description["encoder"]:
         image_processor = parts.load_image_processor(names["encoder"], whole=not description.get("center_crop"))
+        parts.refuse_small_images(of_data, image_processor, args.data_path, names["encoder"], names["decoder"])
     if names["decoder"] not in (*parts.DECODER_PRESETS, description["decoder"]):
         # A pretrained decoder only understands its own token ids.
         theirs = parts.load_tokenizer(names["decoder"])
@@ -156,11 +171,21 @@ def open_captioner(
                 f"--decoder '{names['decoder']}' has another tokenizer than the data in '{args.data_path}', which was "
                 f"made for '{description['decoder']}'; run dataloader.py with --decoder '{names['decoder']}'"
             )
-    if args.model_path:
-        model, new = captioner.load(args.model_path).model, set()
-    else:
-        model, new = captioner.assemble(names["encoder"], names["decoder"], tokenizer)
-    return captioner.Bundle(model, tokenizer, image_processor), new
+    model, new = captioner.assemble(names["encoder"], names["decoder"], tokenizer)
+    return captioner.Bundle(model, tokenizer, image_processor), new, names
+
+
+def in_tokens_of(tokenizer, splits: Mapping[str, Split], description: Mapping[str, Any], say: Say) -> dict[str, Split]:
+    """The splits with captions in a tokenizer's own ids, which are those of the data as a rule."""
+    from captioning.data.folder import encode_captions
+
+    most = description.get("max_length", DEFAULT_MAX_LENGTH)
+    some = splits["train"].select(range(min(100, len(splits["train"]))))
+    flat = [caption for captions in some.captions for caption in captions]
+    if encode_captions(tokenizer, flat, most)[0] == [ids for row in range(len(some)) for ids in some.labels(row)]:
+        return dict(splits)
+    say("captions: tokenised anew, because --model_path has another tokenizer than the data")
+    return {name: split.retokenised(tokenizer, most) for name, split in splits.items()}
 
 
 def configure(
@@ -173,31 +198,42 @@ def configure(
         captioner.set_dropout(model, args.dropout)
     if frozen:
         model.encoder.requires_grad_(False)
-    # What the captions are scored with is what the model is saved with.
+    # What captions are scored with is what the model is saved with.
     if training.generation_num_beams:
         model.generation_config.num_beams = training.generation_num_beams
-    if training.generation_max_length:
-        model.generation_config.max_new_tokens = training.generation_max_length
     if training.device.type == "cpu" and training.bf16:
         # There torch's fused attention is two to five times slower than plain matrix products.
         model.set_attn_implementation("eager")
 
 
-def check_labels(splits: Mapping[str, Any], bundle: Bundle, data_path: Path, decoder: str) -> None:
-    """Refuse labels that the tokenizer does not know, and captions that are longer than the decoder can be."""
-    longest, highest = map(max, zip(*(split.label_extremes() for split in splits.values()), strict=True))
+def limit_length(
+    bundle: Bundle, splits: Mapping[str, Split], asked: int | None, data_path: Path, decoder: str, say: Say
+) -> None:
+    """Let captions be as long as those of the training images are, all but one in a thousand, or as long as asked.
+
+    Raises:
+        InputError: the decoder has no place for such captions, or the labels are not its tokenizer's.
+    """
+    lengths = sorted(itertools.chain(*splits["train"].caption_lengths()))
+    limit = asked or lengths[math.ceil(0.999 * len(lengths)) - 1]
+    longest = max(length for split in splits.values() for length in itertools.chain(*split.caption_lengths()))
+    highest = max(split.highest_token() for split in splits.values())
     if highest >= len(bundle.tokenizer):
         raise InputError(
             f"--data_path '{data_path}' was made for another tokenizer than lies in it: its labels hold token "
             f"{highest}, and the tokenizer has {len(bundle.tokenizer)} tokens; run dataloader.py again"
         )
     positions = bundle.model.decoder.config.max_position_embeddings
-    generated = bundle.model.generation_config.max_new_tokens
-    if max(longest, generated + 1) > positions:
+    if max(longest, limit + 1) > positions:
         raise InputError(
             f"--decoder '{decoder}' has {positions} positions, and the longest caption {longest} tokens "
-            f"({generated} are generated at most); run dataloader.py with a smaller --max_length"
+            f"({limit} are generated at most); run dataloader.py with a smaller --max_length"
         )
+    # What captions are scored with is what the model is saved with.
+    bundle.model.generation_config.max_length = None
+    bundle.model.generation_config.max_new_tokens = limit
+    within = bisect.bisect_right(lengths, limit) / len(lengths)
+    say(f"captions: {limit} tokens at most are generated; {within:.1%} of the training captions are that short")
 
 
 def learning_rates(
@@ -273,7 +309,12 @@ def make_trainer(
     self_critical = None
     if args.self_critical_epochs:
         reward = CiderReward(references["train"])
-        self_critical = SelfCritical(args.self_critical_epochs, reward, args.self_critical_lr)
+        self_critical = SelfCritical(
+            args.self_critical_epochs,
+            reward,
+            args.self_critical_lr,
+            max_new_tokens=bundle.model.generation_config.max_new_tokens,
+        )
     trainer = CaptionTrainer(
         bundle,
         references["validation"] | references["test"],

@@ -95,35 +95,134 @@ def _value_type(annotation: Any) -> Any:
     return annotation
 
 
-def parse(kind: type[A], argv: Sequence[str] | None, description: str, **options) -> A:
-    """The command line as an instance of `kind`. Ends the process with exit code 2 where it cannot be one."""
-    args, rest = parse_known(kind, build_parser(kind, description, **options), argv)
-    assert not rest
-    return args
+def parse(kind: type[A], argv: Sequence[str] | None, description: str, positional: str | None = None, **options) -> A:
+    """The command line as an instance of `kind`. Ends the process with exit code 2 where it cannot be one.
+
+    Args:
+        positional: the field, a list of words, that takes words which belong to no flag.
+    """
+    return parse_known(kind, build_parser(kind, description, **options), argv, positional=positional)[0]
 
 
 def parse_known(
-    kind: type[A], parser: argparse.ArgumentParser, argv: Sequence[str] | None, others: Iterable[str] | None = None
+    kind: type[A],
+    parser: argparse.ArgumentParser,
+    argv: Sequence[str] | None,
+    others: Iterable[str] | None = None,
+    positional: str | None = None,
 ) -> tuple[A, list[str]]:
     """As `parse`, and the words that belong to flags of somebody else.
 
     Args:
         others: the names of those flags, such as `--learning_rate`; None: there are none, and no words may be left.
     """
-    namespace, rest = parser.parse_known_args(argv)
     known = [option for action in parser._actions for option in action.option_strings] + list(others or ())
+    words = [with_underscores(word, known) for word in (sys.argv[1:] if argv is None else argv)]
+    namespace, rest = parser.parse_known_args(words)
     for word in rest:
         option = word.split("=")[0]
         if word.startswith("-") and option not in known:
-            close = difflib.get_close_matches(option, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else "--help lists every flag"
-            parser.error(f"unknown flag {option}; {hint}")
+            parser.error(f"unknown flag {option}; {hint(option, known)}")
+    if positional and rest and not getattr(namespace, positional):
+        setattr(namespace, positional, rest)
+        rest = []
     if rest and others is None:
         parser.error(f"'{rest[0]}' belongs to no flag; --help lists every flag")
     try:
         return kind(**vars(namespace)), rest
     except InputError as error:
         parser.error(str(error))
+
+
+def with_underscores(word: str, known: Iterable[str]) -> str:
+    """`--limit-data=5` -> `--limit_data=5`, where only that is a known flag."""
+    option, equals, value = word.partition("=")
+    spelt = "--" + option[2:].replace("-", "_")
+    dashed = "--" + option[2:].replace("_", "-")
+    if option.startswith("--") and option not in known:
+        for other in (spelt, dashed):
+            if other in known:
+                return other + equals + value
+    return word
+
+
+# What people type -> what they look for: the first of these that the script has, or the last, which is a sentence.
+USUAL_NAMES: dict[str, tuple[str, ...]] = {
+    "--lr": ("--learning_rate",),
+    "--batch_size": ("--batch_size", "--per_device_train_batch_size"),
+    "--train_batch_size": ("--per_device_train_batch_size",),
+    "--eval_batch_size": ("--per_device_eval_batch_size",),
+    "--bs": ("--batch_size", "--per_device_train_batch_size"),
+    "--epoch": ("--epochs",),
+    "--num_epochs": ("--epochs",),
+    "--resume": ("--resume_from_checkpoint",),
+    "--checkpoint": ("--resume_from_checkpoint", "--model_path"),
+    "--device": ("--device", "say --use_cpu, or name GPUs in the environment variable CUDA_VISIBLE_DEVICES"),
+    "--gpu": ("--device", "the environment variable CUDA_VISIBLE_DEVICES chooses the GPUs"),
+    "--gpus": ("--device", "the environment variable CUDA_VISIBLE_DEVICES chooses the GPUs"),
+    "--no_cuda": ("--use_cpu", "--device"),
+    "--cpu": ("--use_cpu", "--device"),
+    "--image": ("--image_path", "--image_dir"),
+    "--images": ("--image_path", "--image_dir"),
+    "--img": ("--image_path", "--image_dir"),
+    "--input": ("--image_path", "--coco_dir", "--data_path"),
+    "--model": ("--model_path", "--encoder"),
+    "--checkpoint_path": ("--model_path", "--resume_from_checkpoint"),
+    "--data": ("--data_path", "--coco_dir"),
+    "--data_dir": ("--data_path", "--coco_dir"),
+    "--dataset": ("--data_path", "--coco_dir"),
+    "--out": ("--output", "--output_dir", "--save_path"),
+    "--output_path": ("--output", "--output_dir", "--save_path"),
+    "--output_dir": ("--save_path", "--output"),
+    "--save_path": ("--output_dir", "--output"),
+    "--save_dir": ("--save_path", "--output_dir", "--output"),
+    "--limit": ("--limit_data",),
+    "--num_workers": ("--num_proc", "--dataloader_num_workers"),
+    "--workers": ("--num_proc", "--dataloader_num_workers"),
+    "--beam_size": ("--num_beams", "--generation_num_beams"),
+    "--beams": ("--num_beams", "--generation_num_beams"),
+    "--num_beams": ("--generation_num_beams",),
+    "--max_new_tokens": ("--generation_max_length",),
+    "--wd": ("--weight_decay",),
+    "--accumulation_steps": ("--gradient_accumulation_steps",),
+    "--fp32": ("--bf16 False",),
+    "--half": ("--bf16",),
+    # Gone in transformers 5
+    "--warmup_ratio": ("--warmup_steps, which below 1 is a share of all steps",),
+    "--evaluation_strategy": ("--eval_strategy",),
+    "--logging_dir": ("the environment variable TENSORBOARD_LOGGING_DIR names the folder of TensorBoard's log",),
+    "--group_by_length": ("--train_sampling_strategy group_by_length",),
+    "--overwrite_output_dir": ("remove the folder, or name another with --output_dir",),
+    "--per_gpu_train_batch_size": ("--per_device_train_batch_size",),
+    "--gradient_checkpointing": ("--activation_checkpointing",),
+    "--half_precision_backend": ("--bf16 or --fp16 alone are enough",),
+    "--use_ipex": ("--bf16 alone is enough",),
+    "--tokenizer": ("--decoder",),
+}
+
+
+# Flags that people look for in the wrong script.
+ELSEWHERE = {
+    "dataloader.py": ("--limit_data", "--coco_dir", "--karpathy_json", "--image_dir", "--save_path", "--max_length"),
+    "train.py": ("--epochs", "--learning_rate", "--lr", "--freeze_encoder", "--cache_features", "--output_dir"),
+    "inference.py": ("--image_path", "--image", "--num_beams", "--explain", "--serve", "--alternatives"),
+}
+
+
+def hint(option: str, known: Iterable[str]) -> str:
+    """What somebody who typed an unknown flag may have meant."""
+    known = list(known)
+    spelt = "--" + option.lstrip("-").replace("-", "_").lower()
+    for other in (spelt, *USUAL_NAMES.get(spelt, ())):
+        if other.split(",")[0].split(" ")[0] in known:
+            return f"did you mean {other}?"
+    if spelt in USUAL_NAMES and not USUAL_NAMES[spelt][-1].startswith("--"):
+        return USUAL_NAMES[spelt][-1]
+    for script, flags in ELSEWHERE.items():
+        if spelt in flags:
+            return f"it is a flag of {script}"
+    close = difflib.get_close_matches(spelt, known, n=1)
+    return f"did you mean {close[0]}?" if close else "--help lists every flag"
 
 
 def note(message: str) -> None:

@@ -88,16 +88,6 @@ def lock(path: Path, wait: bool) -> Iterator[bool]:
         held.release()
 
 
-@contextlib.contextmanager
-def only_process(path: Path) -> Iterator[bool]:
-    """`lock` for a run folder, which is removed where nothing else is in it. A bridge until training calls `lock`."""
-    with lock(path, wait=False) as alone:
-        yield alone
-    if alone:
-        with contextlib.suppress(OSError):
-            path.parent.rmdir()
-
-
 def write_whole(path: Path, content: bytes | str) -> None:
     """Write bytes, or text as UTF-8."""
     with replacing(path) as part:

@@ -396,8 +396,8 @@ def test_bad_input_is_refused_in_one_sentence(kind, tmp_path, monkeypatch, capsy
     assert contents(tmp_path) == before, "nothing half-written"
 
 
-def test_the_readme_counts_them():
-    assert f"{len(REFUSED)} kinds refused, {len(ODD)} odd ones" in (ROOT / "README.md").read_text()
+def test_the_design_page_counts_them():
+    assert f"{len(REFUSED)} kinds refused, {len(ODD)} odd ones" in (ROOT / "captioning" / "DESIGN.md").read_text()
 
 
 # Odd, and right

@@ -258,9 +258,9 @@ def test_a_fault_that_lasts_is_listed_and_costs_no_other_image(fault, original, 
     assert not leftovers(tmp_path)
 
 
-def test_the_readme_counts_them():
-    readme = (ROOT / "README.md").read_text()
-    assert f"{len(PASSING)} kinds of faults" in readme and f"and {len(LASTING)} more" in readme
+def test_the_design_page_counts_them():
+    page = (ROOT / "captioning" / "DESIGN.md").read_text()
+    assert f"{len(PASSING)} kinds of faults" in page and f"and {len(LASTING)} more" in page
 
 
 def test_retry_after_holds_for_all_connections(original, server, tmp_path, monkeypatch):

@@ -11,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import psutil
 import pytest
@@ -23,7 +24,7 @@ from toy import Rows, make_trainer, toy_tokenizer
 
 import train
 from captioning import InputError
-from captioning.files import only_process
+from captioning.files import lock
 from captioning.training import resilience
 
 
@@ -344,8 +345,8 @@ def test_a_run_of_half_an_epoch_is_not_trained_further_when_resumed(few, tmp_pat
 # ---- one run for one folder
 
 
-def hold(lock, held):
-    with only_process(lock) as alone:
+def hold(path, held):
+    with lock(path, wait=False) as alone:
         assert alone
         held.set()
         time.sleep(60)
@@ -361,8 +362,8 @@ def test_a_second_training_into_the_same_folder_is_refused(few, tmp_path):
         train.main(arguments(few, folder))
     first.kill()  # the hold goes with it
     first.join()
-    with only_process(folder / ".lock") as alone:
-        assert alone
+    with train.only_run_in(folder, SimpleNamespace(process_index=0)):
+        assert folder.exists()
     assert not folder.exists(), "nothing else was in it"
 
 

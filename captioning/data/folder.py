@@ -317,16 +317,20 @@ class Split:
             lengths += [list(itertools.islice(of_captions, count)) for count in counts]
         return lengths
 
-    def label_extremes(self) -> tuple[int, int]:
-        """The tokens of the longest caption, EOS included, and the highest token id."""
+    def highest_token(self) -> int:
+        """The highest token id of all captions."""
         from pyarrow import compute
 
-        longest = highest = 0
-        for chunk in self._chunks("labels"):
-            captions = chunk.flatten()
-            longest = max(longest, compute.max(compute.list_value_length(captions)).as_py() or 0)
-            highest = max(highest, compute.max(captions.flatten()).as_py() or 0)
-        return longest, highest
+        return max(compute.max(chunk.flatten().flatten()).as_py() or 0 for chunk in self._chunks("labels"))
+
+    def retokenised(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> Split:
+        """The same images and captions with the token ids of another tokenizer, which are kept in memory."""
+        import pyarrow
+        from datasets import Dataset, concatenate_datasets
+
+        labels = [tokenise(chunk, tokenizer, max_length)[0] for chunk in self._chunks("captions")]
+        column = Dataset(pyarrow.table({"labels": pyarrow.chunked_array(labels)}))
+        return Split(concatenate_datasets([self.rows.remove_columns("labels"), column], axis=1))
 
     def image(self, index: int) -> PIL.Image.Image:
         """An image in mode RGB.

@@ -5,6 +5,7 @@ The model is the stock `transformers.VisionEncoderDecoderModel`.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
@@ -28,6 +29,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from captioning import InputError
+from captioning.files import read_json
 from captioning.model.parts import (
     BUNDLE_HINT,
     DECODER_PRESETS,
@@ -272,6 +274,18 @@ def load(path: str | os.PathLike) -> Bundle:
     tokenizer = load_tokenizer(folder, "--model_path")
     image_processor = load_image_processor(folder, "--model_path")
     return Bundle(model.eval(), tokenizer, image_processor)
+
+
+def names_of(path: str | os.PathLike) -> dict[str, str]:
+    """The names of a captioner's encoder and decoder: as train.py noted them in the folder, or their kinds."""
+    folder = resolve(path, "--model_path", weights=False)
+    config = read_config(folder, "--model_path")
+    names = {"encoder": config.encoder.model_type, "decoder": config.decoder.model_type}
+    with contextlib.suppress(InputError):
+        noted = read_json(folder / "results.json").get("model")
+        if isinstance(noted, dict):
+            names |= {part: noted[part] for part in names if isinstance(noted.get(part), str)}
+    return names
 
 
 def save(bundle: Bundle, path: str | os.PathLike) -> None:

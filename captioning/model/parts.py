@@ -156,6 +156,31 @@ def decoder_config(folder: Path, what: str):
     return config
 
 
+def refuse_other_kinds(encoder: str, decoder: str) -> None:
+    """Refuse models that train.py cannot use, by their configuration alone, before any data are prepared for them.
+
+    A run folder may stand for both. A folder without config.json passes: it holds a tokenizer alone, say.
+
+    Raises:
+        InputError: the encoder sees no images, or the decoder is not of the GPT-2 family.
+    """
+    from transformers import MODEL_MAPPING
+
+    for name, what, presets in ((encoder, "--encoder", ENCODER_PRESETS), (decoder, "--decoder", DECODER_PRESETS)):
+        folder = Path() if name in presets else resolve(name, what, weights=False)
+        if name in presets or not (folder / "config.json").is_file():
+            continue
+        if read_config(folder, what).model_type == "vision-encoder-decoder":
+            continue
+        if what == "--decoder":
+            decoder_config(folder, what)
+            continue
+        config = encoder_config(folder, what)
+        kind = MODEL_MAPPING.get(type(config), None)
+        if getattr(kind, "main_input_name", None) != "pixel_values":
+            raise InputError(f"{what} '{name}' is a {config.model_type}, not a vision encoder with patch states")
+
+
 # ---- tokenizer
 
 
@@ -247,6 +272,30 @@ def resized_side(image_processor) -> int:
 def input_side(image_processor) -> int:
     """The side, in pixels, of what the encoder sees: the crop where there is one, the resized image otherwise."""
     return _longest_of(image_processor.crop_size if image_processor.do_center_crop else image_processor.size)
+
+
+def stored_side(image_processor) -> int:
+    """The shorter side, in pixels, that images are stored with: room for a random crop, 256 for a model of 224."""
+    return max(resized_side(image_processor), round(input_side(image_processor) * 8 / 7))
+
+
+def refuse_small_images(of_data, image_processor, data_path: Path, encoder: str, decoder: str) -> None:
+    """Refuse images that were stored for a smaller model.
+
+    Args:
+        of_data: the image processor that the data were prepared for.
+        image_processor: of the model that is to see them.
+        encoder, decoder: what to prepare the data for instead.
+
+    Raises:
+        InputError: the images have less detail than the model sees.
+    """
+    stored, seen = stored_side(of_data), resized_side(image_processor)
+    if stored < seen:
+        raise InputError(
+            f"the images of --data_path '{data_path}' are stored with {stored} px, and '{encoder}' sees {seen}; run "
+            f"dataloader.py with --encoder '{encoder}' --decoder '{decoder}'"
+        )
 
 
 def _longest_of(size) -> int:

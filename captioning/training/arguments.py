@@ -102,6 +102,9 @@ class Arguments:
             raise InputError("--cache_features needs --freeze_encoder: features of a moving encoder cannot be kept")
         if self.augment and (self.augment < 0 or (self.augment < 2 and self.cache_features)):
             raise InputError(f"--augment {self.augment} is below 2 variants of each image")
+        for name in ("encoder", "decoder"):
+            if self.model_path and getattr(self, name):
+                raise InputError(f"--model_path brings its own {name}: leave --{name} out")
         for name in ("freeze_encoder", "cross_attention_epochs", "self_critical_epochs"):
             if not getattr(self, name) >= 0:
                 raise InputError(f"--{name} {getattr(self, name):g} is below 0")
@@ -232,9 +235,9 @@ def read(argv: Sequence[str] | None) -> tuple[Arguments, list[str]]:
         "--adam_beta1, --bf16, --per_device_train_batch_size, --gradient_accumulation_steps, "
         "--label_smoothing_factor, --report_to, ...): see --help_all.",
     )
-    if "--help_all" in (sys.argv[1:] if argv is None else argv):
-        parser.print_help()
-        trainer_parser().print_help()
+    words = sys.argv[1:] if argv is None else list(argv)
+    if {"--help_all", "--help-all"} & set(words):
+        print_every_flag(parser)
         sys.exit(0)
     kinds = training_argument_types()
     theirs = [f"--{name}" for name in kinds] + [f"--no_{name}" for name, kind in kinds.items() if kind == "bool"]
@@ -249,6 +252,20 @@ def read(argv: Sequence[str] | None) -> tuple[Arguments, list[str]]:
     if args.epochs is not None and values(rest).keys() & {"--num_train_epochs", "--max_steps"}:
         parser.error("--epochs and --num_train_epochs or --max_steps say two things; give one of them")
     return args, rest
+
+
+def print_every_flag(parser: argparse.ArgumentParser) -> None:
+    """Print our help, and that of the Trainer's flags with the defaults that they have on this machine."""
+    parser.print_help()
+    theirs = trainer_parser()
+    theirs.set_defaults(**device_defaults(), num_train_epochs=10)
+    ours = {action.dest for action in parser._actions}
+    for action in theirs._actions:
+        if action.dest in ours:
+            action.help = argparse.SUPPRESS
+    text = theirs.format_help()
+    print("\nflags of transformers.Seq2SeqTrainingArguments:")
+    print(text[text.index("  --") :], end="")
 
 
 def values(words: Sequence[str]) -> dict[str, str]:

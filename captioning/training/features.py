@@ -9,12 +9,11 @@ a stale file is never used. An interrupted computation goes on where it stopped.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -23,7 +22,7 @@ import torch
 from tqdm import tqdm
 
 from captioning import InputError
-from captioning.files import write_whole
+from captioning.files import lock, write_whole
 from captioning.model.captioner import Bundle
 from captioning.training.batches import AUGMENTATION, CaptionDataset
 
@@ -66,7 +65,7 @@ class FeatureCache:
             self.say(f"features: {split} from {path}")
             return np.load(path, mmap_mode="r")
         self.folder.mkdir(parents=True, exist_ok=True)
-        with _only_one(path.with_suffix(".lock")):
+        with lock(path.with_suffix(".lock"), wait=True):
             if not path.is_file():  # another run may have finished it while this one waited
                 self._compute(dataset, path, split, variant)
         return np.load(path, mmap_mode="r")
@@ -127,16 +126,3 @@ class FeatureCache:
         del features
         part.replace(path)
         progress.unlink(missing_ok=True)
-
-
-@contextlib.contextmanager
-def _only_one(lock: Path) -> Iterator[None]:
-    """Let one process at a time through; the others wait. Where there is no flock (Windows), nobody waits."""
-    try:
-        import fcntl
-    except ImportError:
-        yield
-        return
-    with lock.open("w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield

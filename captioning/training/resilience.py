@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from captioning import InputError
-from captioning.files import is_whole_safetensors, read_json
+from captioning.files import is_full_disk, is_whole_safetensors, read_json
 
 STATE = "trainer_state.json"  # the Trainer writes it last
 GO_ON = "--resume_from_checkpoint auto"
@@ -225,14 +225,11 @@ def _no_memory(error: Exception, training, evaluating: bool) -> str | None:
 
 
 def _full_disk(error: Exception, folder: Path) -> str | None:
-    full = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-    text = str(error)
-    of_rust = re.search(r"\(os error (\d+)\)", text)  # safetensors and tokenizers
-    number = int(of_rust[1]) if of_rust else getattr(error, "errno", None)
-    by_torch = isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container", text)
-    if number not in full and not by_torch:
+    full = is_full_disk(error)
+    by_torch = isinstance(error, RuntimeError) and re.search("PytorchStreamWriter|inline_container", str(error))
+    if not full and not by_torch:
         return None
-    reason = os.strerror(number) if number in full else "the last write failed"
+    reason = "the disk is full" if full else "the last write failed"
     checkpoint = newest_checkpoint(folder)
     then = f"go on from {checkpoint.name} with {GO_ON}" if checkpoint else "start again"
     return f"'{folder}' could not be written ({reason}); make room and {then}"

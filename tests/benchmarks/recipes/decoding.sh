@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# How captions are decoded. Trains 16 epochs on Flickr8k with a frozen DINOv2-small, then captions the validation images
+# in 13 ways.
+# Takes about 45 min for training after the features (17 min), on one core of an AMD EPYC (Zen 5).
+# Ends with a table: CIDEr-D 0.669 greedy, 0.714 with 3 beams, on validation.
+# Usage: decoding.sh FLICKR8K [ENCODER: folder or hub id] [OUT: a folder]
+set -euo pipefail
+usage="usage: decoding.sh FLICKR8K [ENCODER] [OUT]; FLICKR8K holds dataset_flickr8k.json and images/"
+flickr8k=${1:?$usage} encoder=${2:-facebook/dinov2-small} out=${3:-.}
+root=$(cd "$(dirname "$0")/../../.." && pwd)
+
+if [ ! -e "$out/flickr/dataset.json" ]; then # other recipes share the folder and its cached features
+  python "$root/dataloader.py" --karpathy_json "$flickr8k/dataset_flickr8k.json" --image_dir "$flickr8k/images" \
+    --limit_data 0 --encoder "$encoder" --decoder small --save_path "$out/flickr"
+fi
+
+python "$root/train.py" --data_path "$out/flickr" --output_dir "$out/run-flickr-16" --freeze_encoder --cache_features \
+  --augment 3 --dropout 0.2 --epochs 16 --eval_delay 5
+python "$root/tests/benchmarks/ablate.py" decoding --data_path "$out/flickr" --model_path "$out/run-flickr-16"
