@@ -45,8 +45,8 @@ def tokenize(captions: Iterable[str]) -> list[str]:
 
 
 # What needs no rule: line breaks, spaces, and most words. No rule for ASCII letters alone looks past a space, so a
-# word before a space is a token as it is, unless it is one of the six that are split. This is ten times faster than
-# the lexer. Other white space after a space is left to the lexer, because a rule could begin inside of it.
+# word before a space is a token as it is, unless it is one of the six that are split. Other white space after a space
+# is left to the lexer, because it is one token with the space. The short cut makes real captions eight times faster.
 _PLAIN = re.compile(
     r"(?:(?:(?!(?i:cannot|gonna|gotta|lemme|gimme|wanna) )[A-Za-z]+)? (?![\t\u00a0\u2000-\u200a\u3000])|\n)++"
 )
