@@ -16,10 +16,10 @@ Exit code 0: all done; 1: some images of several failed, listed on stderr; 2: ba
 
 from __future__ import annotations
 
+import functools
 import glob
 import json
 import os
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -243,13 +243,15 @@ def make_entries(paths: list[str], bundle: Bundle, args: Arguments, failures: li
     # Twice what is needed: the decoder may skip detail that nobody will see, the resize stays the one of training.
     side = 2 * parts.resized_side(bundle.image_processor)
     pictures = read_images(paths, side, bundle.pixels if args.explain is None else None, args.batch_size, failures)
+    with_pixels = ((picture, picture.content) for picture in pictures)
+    made: Iterator[tuple[Picture, Any, float]]
     if args.explain:
         made = explained(bundle, pictures, args)
     elif args.json or args.alternatives > 1:
-        best = lambda bundle, values: explain.best_captions(bundle, values, args.alternatives)  # noqa: E731
-        made = captions(bundle, pictures, args.batch_size, len(paths), best)
+        best = functools.partial(explain.best_captions, count=args.alternatives)
+        made = generate.in_batches(bundle, with_pixels, args.batch_size, best, len(paths))
     else:
-        made = captions(bundle, pictures, args.batch_size, len(paths), generate.generate)
+        made = generate.in_batches(bundle, with_pixels, args.batch_size, generate.generate, len(paths))
     for picture, found, seconds in made:
         # A file name need not be UTF-8; JSON has to be.
         entry: dict[str, Any] = {"path": os.fsencode(picture.path).decode("utf-8", "replace")}
@@ -313,52 +315,10 @@ def read_images(
                     yield result
 
 
-def captions(
-    bundle: Bundle,
-    pictures: Iterable[Picture],
-    batch_size: int,
-    total: int,
-    generate: Callable[[Bundle, Any], list[Any]],
-) -> Iterator[tuple[Picture, Any, float]]:
-    """Each picture with what `generate` makes of it, and its share of the seconds, a batch at a time.
-
-    Args:
-        pictures: their contents are uint8 pixels.
-        generate: takes the bundle and normalised pixels, (batch, channels, height, width).
-    """
-    import numpy as np
-    import torch
-    from tqdm import tqdm
-
-    def make(batch: list[Picture]) -> Iterator[tuple[Picture, Any, float]]:
-        began = time.perf_counter()
-        stacked = torch.from_numpy(np.stack([picture.content for picture in batch])).to(bundle.model.device)
-        made = generate(bundle, bundle.pixels.normalise(stacked))
-        seconds = (time.perf_counter() - began) / len(batch)
-        yield from ((picture, one, seconds) for picture, one in zip(batch, made, strict=True))
-
-    with tqdm(total=total, unit="image", file=sys.stderr, disable=total <= batch_size) as bar:
-        for batch in batched(pictures, batch_size):
-            yield from make(batch)
-            bar.update(len(batch))
-
-
-def batched(items: Iterable[Any], size: int) -> Iterator[list[Any]]:
-    """Lists of `size` items; the last may be shorter."""
-    batch = []
-    for item in items:
-        batch.append(item)
-        if len(batch) == size:
-            yield batch
-            batch = []
-    if batch:
-        yield batch
-
-
 def explained(
     bundle: Bundle, pictures: Iterable[Picture], args: Arguments
 ) -> Iterator[tuple[Picture, list[Caption], float]]:
-    """As `captions`, and draw where the model looked."""
+    """Caption each picture, and draw where the model looked."""
     from captioning.model import explain
     from captioning.show import pages
 
@@ -416,7 +376,11 @@ def score(args: Arguments) -> int:
         predictions = read_predictions(args.predictions, references)
         target = args.predictions.with_name(f"{args.predictions.stem}_scores_per_image.json")
     else:
-        predictions = caption_split(split, args)
+        from captioning.model.generate import caption_all
+
+        bundle = load_model(args)
+        pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
+        predictions = caption_all(bundle, pictures, len(split), args.split, args.batch_size)
         results = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
         folder = Path(args.model_path) if Path(args.model_path).is_dir() else Path()
         file = args.output or folder / f"predictions_{args.split}.json"
@@ -432,16 +396,6 @@ def score(args: Arguments) -> int:
     cli.note(f"{args.split} split, {len(split):,} images, {description['source']}; {metrics.PROTOCOL}")
     print("\n".join(f"{name:<12}{value:>10.4f}" for name, value in scores.items()))
     return 0
-
-
-def caption_split(split, args: Arguments) -> dict[int, str]:
-    """The model's caption of each image of a split, by id."""
-    from captioning.model import generate
-
-    bundle = load_model(args)
-    pictures = (Picture(str(i), bundle.pixels(split.image(n)), 0.0) for n, i in enumerate(split.image_id))
-    made = captions(bundle, pictures, args.batch_size, len(split), generate.generate)
-    return {int(picture.path): caption for picture, caption, _ in made}
 
 
 def read_predictions(file: Path, references: dict[int, list[str]]) -> dict[int, str]:

@@ -96,24 +96,26 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
     if trainer.is_world_process_zero():
         captioner.save(bundle, args.output_dir)  # before any evaluation in half precision rounds the weights
 
-    # Scores of the checkpoint that is kept. The test split is seen here, once.
+    # Scores of the weights that are kept, as inference.py computes them. The test split is seen here, once.
     best = training.load_best_model_at_end and trainer.state.best_model_checkpoint
     kept = trainer.state.best_global_step if best else None
-    validation = evaluation_at(kept, trainer.state) if kept else trainer.score(datasets["validation"]).scores
-    test = trainer.score(datasets["test"])
+    losses = {name: trainer.loss_of(datasets[name]) for name in ("validation", "test")}
 
     # Run folder
     if trainer.is_world_process_zero():
+        kept_bundle = captioner.load(args.output_dir)
+        kept_bundle.to(training.device)
+        validation, _ = score(kept_bundle, splits["validation"], "validation", losses)
+        test, predictions = score(kept_bundle, splits["test"], "test", losses)
         # Epochs, or true for all of them: infinity is no JSON.
-        names = {**names, "freeze_encoder": frozen or args.freeze_encoder}
         run = run_folder.Run(
-            predictions=test.predictions,
+            predictions=predictions,
             validation=validation,
-            test=test.scores,
+            test=test,
             log_history=trainer.state.log_history,
             steps=trainer.state.global_step,
             kept=kept,
-            names=names,
+            names={**names, "freeze_encoder": frozen or args.freeze_encoder},
             recipe=args.recipe(),
             learning_rates=trainer.learning_rates,
             settings=training.to_sanitized_dict(),
@@ -122,7 +124,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
             tensorboard=run_folder.tensorboard_log(trainer.callback_handler.callbacks),
         )
         run_folder.write(args.output_dir, run, splits["test"])
-        print(table(validation, test.scores))
+        print(table(validation, test))
         say(f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ...")
     if training.push_to_hub:
         trainer.push_to_hub()
@@ -331,10 +333,17 @@ def make_trainer(
     return trainer
 
 
-def evaluation_at(step: int, state) -> dict[str, float]:
-    """The validation scores of a step, as they were logged."""
-    logged = next(entry for entry in state.log_history if entry["step"] == step and "eval_loss" in entry)
-    return {key: logged[f"eval_{key}"] for key in SCORE_NAMES if f"eval_{key}" in logged}
+def score(
+    bundle: Bundle, split: Split, name: str, losses: Mapping[str, float]
+) -> tuple[dict[str, float], dict[int, str]]:
+    """The scores of a split, and its captions by image id: those that inference.py gives."""
+    from captioning.model.generate import caption_all
+    from captioning.scores.metrics import coco_scores
+
+    pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
+    predictions = caption_all(bundle, pictures, len(split), f"captions of {name}")
+    references = dict(zip(split.image_id, split.captions, strict=True))
+    return {"loss": losses[name], **coco_scores(predictions, references)}, predictions
 
 
 def table(validation: Mapping[str, float], test: Mapping[str, float]) -> str:

@@ -100,3 +100,12 @@ def test_shared_files_are_read_whole(shared):
         "test": 700,
     }
     assert all(record.path.is_file() for records in pools.values() for record in records)
+
+
+def test_only_what_was_fetched_is_to_be_deleted_and_fetched_again(tmp_path):
+    coco_folder(tmp_path, {1: ["a"]}, {2: ["b"]})
+    write(tmp_path / "annotations" / "captions_val2014.json", '{"images": [],\n"annotations": [}')
+    with pytest.raises(InputError, match=r"not a JSON file \(.* line 2 column 17 .*\); correct the file$"):
+        annotations.read_coco(tmp_path)
+    with pytest.raises(InputError, match=r"; delete it, and the same command fetches it again$"):
+        annotations.read_coco(tmp_path, "http://host")

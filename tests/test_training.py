@@ -501,8 +501,7 @@ def test_without_load_best_the_scores_are_those_of_the_last_weights(prepared, tm
 
 
 def test_a_caption_longer_than_the_decoder_is_refused_before_training(tmp_path):
-    from test_coco import coco_folder
-    from test_dataloader import photographs
+    from coco import coco_folder, photographs
 
     import dataloader
 

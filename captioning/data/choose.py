@@ -190,7 +190,7 @@ def choose(
     fetch(pools.first_choice(draws))
 
     def take(draw: Draw, pool: str) -> None:
-        # No more records than are still wanted, so that nothing is read or fetched in vain.
+        # No more records than are still wanted, so that nothing is read or fetched needlessly.
         while batch := pools.take(pool, min(draw.wanted, BATCH)):
             fetch([record for record in batch if record.has_caption()])
             for record, image in zip(batch, prepare_all(batch), strict=True):

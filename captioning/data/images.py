@@ -66,7 +66,7 @@ class ImageError(InputError):
 
     Args:
         name: where the bytes are from.
-        reason: what is wrong with them; kept as an attribute, for who words a message of their own.
+        reason: what is wrong with them; kept as an attribute, for a caller that words its own message.
         remedy: what to do about it.
     """
 

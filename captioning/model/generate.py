@@ -3,10 +3,16 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
-from typing import Any, cast
+import itertools
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, TypeVar, cast
 
+import numpy as np
 import torch
+from PIL import Image
+from tqdm import tqdm
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerBase, VisionEncoderDecoderModel
 
 from captioning.model.captioner import Bundle
@@ -73,3 +79,51 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor | Sequence[S
         cast(torch.Tensor, tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return [" ".join(text.split()) for text in texts]
+
+
+# ---- many images
+
+Key = TypeVar("Key")
+Made = TypeVar("Made")
+
+
+def in_batches(
+    bundle: Bundle,
+    pictures: Iterable[tuple[Key, np.ndarray]],
+    batch_size: int,
+    make: Callable[[Bundle, torch.Tensor], Sequence[Made]],
+    total: int | None = None,
+    description: str | None = None,
+) -> Iterator[tuple[Key, Made, float]]:
+    """Each picture's key with what `make` makes of it, and its share of the seconds; a bar on stderr shows the rate.
+
+    Args:
+        pictures: their contents are uint8 pixels (3, height, width).
+        make: takes the bundle and normalised pixels, (batch, channels, height, width); returns one thing per image.
+        total: how many pictures there are; no bar is shown for one batch.
+    """
+    pictures = iter(pictures)
+    with tqdm(total=total, unit="image", desc=description, file=sys.stderr, disable=(total or 0) <= batch_size) as bar:
+        while batch := list(itertools.islice(pictures, batch_size)):
+            began = time.perf_counter()
+            stacked = torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(bundle.model.device)
+            made = make(bundle, bundle.pixels.normalise(stacked))
+            seconds = (time.perf_counter() - began) / len(batch)
+            yield from ((key, one, seconds) for (key, _), one in zip(batch, made, strict=True))
+            bar.update(len(batch))
+
+
+BATCH_SIZE = 16  # images; scores that are told are computed with it, for another one rounds otherwise
+
+
+def caption_all(
+    bundle: Bundle,
+    images: Iterable[tuple[Key, Image.Image]],
+    total: int,
+    description: str,
+    batch_size: int = BATCH_SIZE,
+) -> dict[Key, str]:
+    """The caption of each image, by its key."""
+    pictures = ((key, bundle.pixels(image)) for key, image in images)
+    made = in_batches(bundle, pictures, batch_size, generate, total, description)
+    return {key: caption for key, caption, _ in made}

@@ -15,7 +15,7 @@ import importlib.util
 import math
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -315,7 +315,7 @@ def training_arguments(args: Arguments, rest: Sequence[str]) -> Seq2SeqTrainingA
     own = [f"--output_dir={args.output_dir}"]
     if not given.keys() & {"--num_train_epochs", "--max_steps"}:
         own.append(f"--num_train_epochs={10 if args.epochs is None else args.epochs}")
-    defaults = device_defaults()
+    defaults = device_defaults() | saving_defaults(given)
     defaults["bf16"] &= not given.keys() & {"--fp16", "--use_cpu"}
     parser = trainer_parser()
     parser.set_defaults(**defaults)
@@ -323,12 +323,16 @@ def training_arguments(args: Arguments, rest: Sequence[str]) -> Seq2SeqTrainingA
     try:
         training, unused = parser.parse_args_into_dataclasses([*own, *rest], return_remaining_strings=True)
     except (ValueError, ImportError, RuntimeError) as error:
-        raise InputError(str(error).strip().splitlines()[0]) from error
+        raise InputError(" ".join(str(error).split())) from error
     if unused:
         raise InputError(f"'{unused[0]}' belongs to no flag")
     check(training)
     if args.patience and training.eval_strategy == "no":
         raise InputError("--patience needs evaluations: leave it or --eval_strategy no out")
+    for option, name in (("--eval_steps", "eval_strategy"), ("--save_steps", "save_strategy")):
+        strategy = getattr(training, name)
+        if option in given and strategy != "steps":
+            raise InputError(f"{option} has no effect with --{name} {strategy.value}; leave one of the two out")
     # What follows from other flags
     if training.dataloader_num_workers == 0:
         training.dataloader_persistent_workers = False
@@ -337,6 +341,32 @@ def training_arguments(args: Arguments, rest: Sequence[str]) -> Seq2SeqTrainingA
         cli.note(f"{training.n_gpu} GPUs are here, one is used; 'accelerate launch --multi_gpu train.py' uses all")
         training._n_gpu = 1
     return training
+
+
+def saving_defaults(given: Mapping[str, str]) -> dict[str, Any]:
+    """When to evaluate and to save, where only part of it was said.
+
+    The kept checkpoint is the one with the best evaluation, so that each checkpoint has its evaluation.
+
+    Args:
+        given: the Trainer's flags on the command line, with their values.
+    """
+    by_steps = given.get("--eval_steps") or given.get("--save_steps")
+    evaluating = given.get("--eval_strategy", "steps" if "--eval_steps" in given else None)
+    saving = given.get("--save_strategy", "steps" if "--save_steps" in given else None)
+    if evaluating == "no" or saving == "no":
+        return {
+            "eval_strategy": evaluating or "epoch",
+            "save_strategy": saving or "epoch",
+            "load_best_model_at_end": False,
+        }
+    if not (evaluating or saving):
+        return {}
+    defaults: dict[str, Any] = {"eval_strategy": evaluating or saving, "save_strategy": saving or evaluating}
+    if "steps" in defaults.values():
+        steps = float(by_steps or 0.1)  # of all updates, where it is below 1
+        defaults |= {"eval_steps": steps, "save_steps": steps}
+    return defaults
 
 
 def _refuse(message: str):

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -119,6 +120,27 @@ class ResumableTrainer(Seq2SeqTrainer):
         raise KeyboardInterrupt
 
     # ---- checkpoints
+
+    def _determine_best_metric(self, metrics, trial):
+        """As the Trainer's; of equal scores the one with the lower loss is better, and the best has a checkpoint.
+
+        The Trainer keeps the first of equals, and saves when a checkpoint is due, which may be some evaluations later.
+        """
+        before, kept = self.state.best_metric, self.state.best_global_step
+        better = super()._determine_best_metric(metrics, trial)
+        name = f"eval_{(self.args.metric_for_best_model or 'loss').removeprefix('eval_')}"
+        if not better and kept and metrics[name] == before and metrics["eval_loss"] < self._loss_at(kept):
+            self.state.best_global_step, better = self.state.global_step, True
+        if better and self.args.load_best_model_at_end:
+            self.control.should_save = True
+        return better
+
+    def _loss_at(self, step: int) -> float:
+        """The validation loss that was logged at a step."""
+        return min(
+            (entry["eval_loss"] for entry in self.state.log_history if entry["step"] == step and "eval_loss" in entry),
+            default=-math.inf,
+        )
 
     def _save_checkpoint(self, model, trial):
         self.losses.check()

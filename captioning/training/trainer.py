@@ -11,7 +11,6 @@ import math
 import statistics
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -26,7 +25,6 @@ from captioning.model.captioner import PARTS, Bundle, part_of
 from captioning.model.generate import decode, generate_tokens
 from captioning.model.packing import IGNORED, LabelledProjection, decoder_mask
 from captioning.scores.metrics import coco_scores
-from captioning.scores.names import SCORE_NAMES
 from captioning.training.batches import Collator, LengthSampler
 from captioning.training.progress import Progress, Throughput
 from captioning.training.resumable import ResumableTrainer
@@ -70,14 +68,6 @@ class Forward(NamedTuple):
     states: torch.Tensor
 
 
-@dataclass(frozen=True)
-class Scored:
-    """Scores by name, and the caption of each image, of one split."""
-
-    scores: dict[str, float]
-    predictions: dict[int, str]
-
-
 class CaptionTrainer(ResumableTrainer):
     """Trains and scores a captioner on the batches of `captioning.training.batches.Collator`.
 
@@ -117,6 +107,7 @@ class CaptionTrainer(ResumableTrainer):
         self.learning_rates = {part: learning_rates.get(part, self.args.learning_rate) for part in PARTS}
         self.projection = LabelledProjection(bundle.model.get_output_embeddings())
         self.predictions: dict[int, str] = {}
+        self._only_loss = False
         self.throughput = Throughput()
         self.rewards: list[float] = []  # of each self-critical batch since the last log
         for theirs in (ProgressCallback, PrinterCallback):  # they print dicts on stdout, which is for results
@@ -302,12 +293,13 @@ class CaptionTrainer(ResumableTrainer):
 
     # ---- evaluation
 
-    def score(self, dataset) -> Scored:
-        """Caption every image of a split once, and score the captions against all of their references."""
-        prefix = "scored"
-        metrics = self.predict(dataset, metric_key_prefix=prefix).metrics or {}
-        scores = {key: metrics[f"{prefix}_{key}"] for key in SCORE_NAMES if f"{prefix}_{key}" in metrics}
-        return Scored(scores, dict(self.predictions))
+    def loss_of(self, dataset) -> float:
+        """The mean cross-entropy of a split's references in nats per token; no captions are generated."""
+        self._only_loss = True
+        try:
+            return (self.predict(dataset).metrics or {})["test_loss"]
+        finally:
+            self._only_loss = False
 
     def evaluate(self, *args, **kwargs):
         started = time.perf_counter()
@@ -337,6 +329,8 @@ class CaptionTrainer(ResumableTrainer):
         summed = zeros.index_add(0, image_of_token, losses)
         counted = zeros.index_add(0, image_of_token, torch.ones_like(losses))
 
+        if self._only_loss:
+            return None, (torch.zeros_like(image_id)[:, None], summed, counted), image_id
         first_row_of_image = torch.searchsorted(image_of_row, torch.arange(len(image_id), device=image_of_row.device))
         states = out.states[first_row_of_image]
         with torch.no_grad(), self.accelerator.autocast():
@@ -358,6 +352,9 @@ class CaptionTrainer(ResumableTrainer):
         if len(ids) != self._images:
             raise RuntimeError(f"{len(ids):,} images came back from an evaluation of {self._images:,}")
         tokens = np.where(tokens == IGNORED, self.bundle.tokenizer.pad_token_id, tokens)[first]
+        loss = float(summed[first].sum() / counted[first].sum())
+        if self._only_loss:
+            return {"loss": loss}
         self.predictions = dict(zip(ids.tolist(), decode(self.bundle.tokenizer, tokens), strict=True))
         scores = coco_scores(self.predictions, {image_id: self.references[image_id] for image_id in self.predictions})
-        return {"loss": float(summed[first].sum() / counted[first].sum()), **scores}
+        return {"loss": loss, **scores}

@@ -167,13 +167,13 @@ def memory(session: int) -> tuple[int, int]:
 
 def rows_per_second(folder: Path) -> float:
     """How fast rows are read in random order, image decoded: what training asks of the folder."""
-    from datasets import load_from_disk
+    from captioning.data.folder import load_prepared
 
-    rows = load_from_disk(str(folder))["train"]
-    order = random.Random(0).sample(range(len(rows)), min(500, len(rows)))
+    split = load_prepared(folder)[0]["train"]
+    order = random.Random(0).sample(range(len(split)), min(500, len(split)))
     began = time.monotonic()
     for position in order:
-        rows[position]["image"].load()
+        split.image(position)
     return len(order) / (time.monotonic() - began)
 
 
