@@ -210,7 +210,7 @@ class Resumed(TrainerCallback, ExportableState):
     def recipe(self) -> dict[str, str]:
         """The data, as a digest of how many tokens each training image has, and the parts that are trained."""
         trainer = self.trainer
-        lengths = getattr(trainer.train_dataset, "lengths", list)()
+        lengths: list[int] = getattr(trainer.train_dataset, "lengths", list)()
         assert trainer.model is not None
         parts = {name.split(".")[0] for name, weight in trainer.model.named_parameters() if weight.requires_grad}
         return {"data": hashlib.sha256(str(lengths).encode()).hexdigest()[:16], "parts": " and ".join(sorted(parts))}
