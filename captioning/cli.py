@@ -263,7 +263,7 @@ def bar(**options: Any) -> Any:
 
             return show
 
-    return Lines(file=sys.stderr, mininterval=LINES_EVERY, delay=1e-3, ncols=100, **options)
+    return Lines(file=sys.stderr, mininterval=LINES_EVERY, ncols=100, **options)
 
 
 def run(main: Callable[[], int | None]) -> None:
