@@ -174,6 +174,7 @@ def open_captioner(
                 f"made for '{description['decoder']}'; run dataloader.py with --decoder '{names['decoder']}'"
             )
     model, new = captioner.assemble(names["encoder"], names["decoder"], tokenizer)
+    captioner.refuse_misfit(model.encoder, image_processor, f"--encoder '{names['encoder']}'")
     return captioner.Bundle(model, tokenizer, image_processor), new, names
 
 

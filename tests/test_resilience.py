@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, contents
 from forked import FORKS, Training, several
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -340,6 +340,21 @@ def test_a_run_of_half_an_epoch_is_not_trained_further_when_resumed(few, tmp_pat
     finished([*command, "--resume_from_checkpoint=auto"], log)
     assert max(whole_steps(folder)) == 4
     assert (folder / "model.safetensors").read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [(["--freeze_encoder"], "other parts being trained"), (["--data_path"], "with other data")],
+    ids=["frozen encoder", "other data"],
+)
+def test_a_run_goes_on_as_it_began_or_not_at_all(changed, reason, undisturbed, few, prepared, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    more = [f"--data_path={prepared}"] if changed == ["--data_path"] else changed
+    before = contents(folder)
+    with pytest.raises(InputError, match=rf"{reason}.*; start a new one from it with --model_path '.*checkpoint-9'"):
+        train.main([*arguments(few, folder, "--epochs=5", "--resume_from_checkpoint=auto"), *more])
+    assert contents(folder) == before
 
 
 # ---- one run for one folder

@@ -1,9 +1,11 @@
 """Stage 2: the loss, packing, accumulation, resuming, several processes, and the run folder."""
 
+import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +22,7 @@ from transformers import TrainerCallback, set_seed
 
 import train
 from captioning import InputError
+from captioning.data.folder import encode_captions
 from captioning.model import captioner, parts
 from captioning.model.captioner import part_of
 from captioning.model.packing import can_pack, decoder_mask
@@ -641,6 +644,139 @@ def test_what_cannot_work_is_one_sentence(prepared, tmp_path, more, message, cap
     said = capsys.readouterr().err.splitlines()[-1] if stopped.type is SystemExit else str(stopped.value)
     assert stopped.type is InputError or stopped.value.code == 2
     assert message in said and "\n" not in said
+
+
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--eval_strategy steps --eval_steps 2", ("steps", 2, "steps", 2, True)),
+        ("--eval_steps 3", ("steps", 3, "steps", 3, True)),
+        ("--eval_strategy steps", ("steps", 0.1, "steps", 0.1, True)),
+        ("--save_steps 5", ("steps", 5, "steps", 5, True)),
+        ("--eval_strategy steps --eval_steps 2 --save_steps 4", ("steps", 2, "steps", 4, True)),
+        ("--eval_strategy no", ("no", None, "epoch", 500, False)),
+        ("--eval_strategy no --save_steps 4", ("no", None, "steps", 4, False)),
+    ],
+)
+def test_saving_follows_evaluating(flags, expected, prepared, tmp_path):
+    t = training_arguments(*read(arguments(prepared, tmp_path / "run", *flags.split())))
+    assert (t.eval_strategy, t.eval_steps, t.save_strategy, t.save_steps, t.load_best_model_at_end) == expected
+
+
+@pytest.mark.parametrize("flags", ["--eval_strategy epoch --eval_steps 4", "--save_strategy epoch --save_steps 4"])
+def test_a_number_of_steps_without_effect_is_refused(flags, prepared, tmp_path):
+    with pytest.raises(InputError, match=r"_steps has no effect with --\w+_strategy epoch"):
+        training_arguments(*read(arguments(prepared, tmp_path / "run", *flags.split())))
+
+
+def test_evaluating_by_steps_and_not_at_all_end_in_a_whole_run_folder(few, tmp_path):
+    for name, flags in (("steps", ["--eval_strategy=steps", "--eval_steps=2"]), ("no", ["--eval_strategy=no"])):
+        train.main(arguments(few, tmp_path / name, "--epochs=1", "--per_device_train_batch_size=8", *flags))
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert set(results["test"]) == set(results["validation"])
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "kept"),
+    [
+        ([(0.3, 4.0), (0.5, 3.9), (0.4, 3.0)], 2),  # the best, between two checkpoints
+        ([(0.0, 5.0), (0.0, 4.0), (0.0, 4.5)], 2),  # of equals the one with the lowest loss
+        ([(0.2, 4.0), (0.2, 4.0), (0.1, 1.0)], 1),
+    ],
+)
+def test_the_kept_checkpoint_is_the_best_evaluation(evaluations, kept, tokenizer, tmp_path, monkeypatch):
+    rows = Rows(tokenizer, 4)
+    trainer = make_trainer(
+        tokenizer,
+        rows,
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=3,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="cider_d",
+        learning_rate=1e-2,
+    )
+    planned, weights = iter(evaluations), {}
+
+    def evaluated(*args, **kwargs):
+        score, loss = next(planned)
+        step = trainer.state.global_step
+        weights[step] = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+        metrics = {"eval_cider_d": score, "eval_loss": loss}
+        trainer.log(dict(metrics))
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(trainer, "evaluate", evaluated)
+    trainer.train()
+    assert trainer.state.best_global_step == kept
+    assert all(torch.equal(weight, weights[kept][name]) for name, weight in trainer.model.named_parameters())
+
+
+def test_a_captioner_brings_its_own_tokenizer_and_image_processor(trained, few, tmp_path, capsys):
+    """--model_path on data of another tokenizer: the captions are tokenised anew, and nothing is forgotten."""
+    splits = load_from_disk(str(few))
+    other = parts.train_tokenizer(["words", "of another data set, in another order"] * 9, 300)
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    other.save_pretrained(data)
+    for split in splits:
+        rows = splits[split].map(lambda row: {"labels": encode_captions(other, row["captions"], 64)[0]})
+        shutil.rmtree(data / split)
+        rows.save_to_disk(str(data / split))
+    out = tmp_path / "run"
+    train.main(
+        arguments(data, out, f"--model_path={trained}", "--max_steps=1", "--encoder_lr=1e-9", "--decoder_lr=1e-9")
+    )
+    said = capsys.readouterr().err
+    assert "tokenised anew" in said and "model: tiny -> tiny" in said
+    before, after = captioner.load(trained), captioner.load(out)
+    assert after.tokenizer.get_vocab() == before.tokenizer.get_vocab() != other.get_vocab()
+    assert after.image_processor.to_dict() == before.image_processor.to_dict()
+    results = json.loads((out / "results.json").read_text())
+    whole = json.loads((trained / "results.json").read_text())
+    assert results["test"]["loss"] < whole["test"]["loss"] + 1, "it still knows what it learnt"
+
+
+def test_images_that_are_stored_too_small_for_a_captioner_are_refused(few, tmp_path, tokenizer):
+    net = captioner.build("small", "tiny", tokenizer)  # sees 224 px, where the data were stored for 64
+    captioner.save(captioner.Bundle(net, tokenizer, parts.load_image_processor("small")), tmp_path / "captioner")
+    with pytest.raises(
+        InputError, match=r"stored with 73 px, and '.*captioner' sees 224; run dataloader.py with --enc"
+    ):
+        train.main(arguments(few, tmp_path / "run", f"--model_path={tmp_path / 'captioner'}"))
+
+
+def test_captions_may_be_as_long_as_those_of_the_training_images(few, tmp_path, capsys):
+    splits = load_from_disk(str(few))
+    tokenizer = parts.load_tokenizer(few)
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    words = "a red circle " * 20
+    for split in splits:
+        labels, _ = encode_captions(tokenizer, [words], 100)
+        shutil.rmtree(data / split)
+        splits[split].map(lambda row, labels=labels: {"labels": labels, "captions": [words]}).save_to_disk(
+            str(data / split)
+        )
+    train.main(arguments(data, tmp_path / "run", "--max_steps=1"))
+    config = captioner.load(tmp_path / "run").model.generation_config
+    assert config.max_new_tokens == len(labels[0]) > 40
+    assert f"captions: {len(labels[0])} tokens at most are generated; 100.0% of the training" in capsys.readouterr().err
+
+
+def test_weights_and_biases_without_a_login_is_one_sentence(few, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, find=importlib.util.find_spec: find(name) or True)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(InputError, match="--report_to wandb needs a login: run 'wandb login', or set WANDB_MODE=off"):
+        train.main(arguments(few, tmp_path / "run", "--report_to=wandb"))
 
 
 def test_a_decoder_with_another_tokenizer_is_refused(prepared, tmp_path):

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib.util
 import math
+import netrc
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -398,6 +400,17 @@ def check(training: Seq2SeqTrainingArguments) -> None:
     for tracker in training.report_to or ():
         if tracker in ("tensorboard", "wandb", "mlflow") and importlib.util.find_spec(tracker) is None:
             raise InputError(f"--report_to {tracker} needs that package: pip install {tracker}")
+        if tracker == "wandb" and not _knows_wandb():
+            raise InputError("--report_to wandb needs a login: run 'wandb login', or set WANDB_MODE=offline")
+
+
+def _knows_wandb() -> bool:
+    """Whether Weights & Biases has a key, or needs none. Without one it would end in a traceback."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
+        return True
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    return False
 
 
 def device_defaults() -> dict[str, Any]:
