@@ -164,3 +164,9 @@ def test_only_images_whose_captions_name_no_side_are_mirrored():
         assert batches.DIRECTIONS.search(caption)
     for caption in ("a bright light", "cleft", "upright"):
         assert not batches.DIRECTIONS.search(caption)
+
+
+def test_images_in_their_order_are_augmented_too():
+    sampler = batches.LengthSampler([3, 1, 2], 2, seed=0, shuffle=False)
+    sampler.set_epoch(2)
+    assert list(sampler) == [6, 7, 8], "the third epoch's variants, in the images' order"
