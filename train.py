@@ -15,6 +15,7 @@ import bisect
 import contextlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ DEFAULT_MAX_LENGTH = 64  # of captions in folders that do not say
 
 def main(argv: list[str] | None = None) -> int:
     args, rest = arguments.read(argv)
+    if os.environ.get("RANK", "0") == "0":
+        cli.note(f"{args.data_path} -> {args.output_dir}; starting PyTorch")
     arguments.start_missing_processes(__file__, argv)
     training = arguments.training_arguments(args, rest)
     with resilience.explained(training), resilience.stoppable(training), only_run_in(args.output_dir, training):
@@ -270,6 +273,7 @@ def cache_features(
     bundle.to(training.device)
     folder, batch_size = args.data_path / ".features", training.per_device_eval_batch_size
     cache = FeatureCache(bundle, folder, batch_size, say, precision(training))
+    say(f"features: comparing images and encoder with what lies in {folder}")
     for name, dataset in datasets.items():
         with training.main_process_first(desc="features"):
             variants = range(args.augment if dataset.augment else 1)

@@ -460,7 +460,7 @@ def test_the_run_folder_is_complete(trained, prepared):
         "epoch 2  validation loss",
     ):
         assert said in err
-    assert re.search(r"training: +100%.* 30/30 .*it/s, loss \d", err), "a bar with the rate, to its end"
+    assert re.search(r"training: +100%.* 30/30 .*(update/s|s/update), loss \d", err), "a bar with the rate, to its end"
 
 
 def test_the_best_checkpoint_is_the_one_that_is_kept(prepared, tmp_path):
@@ -838,3 +838,30 @@ def test_help_is_one_screen_and_help_all_has_every_flag():
     documented = {name for name in training_argument_types() if f"--{name}" in long.stdout}
     assert {"learning_rate", "predict_with_generate", "label_smoothing_factor"} <= documented
     assert len(documented) > 80
+
+
+def test_an_evaluation_does_not_count_in_the_remaining_time(tokenizer, tmp_path, monkeypatch):
+    """Time stands still: an update takes a second, an evaluation a hundred."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    rows, remaining = Rows(tokenizer, 4), []
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(tokenizer, rows, tmp_path, **settings)
+    trainer.args.disable_tqdm = False
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            now[0] += 1
+
+        def on_prediction_step(self, *args, **kwargs):
+            now[0] += 100
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            figures = trainer.progress.training_bar.format_dict
+            remaining.append((figures["total"] - figures["n"]) * figures["elapsed"] / figures["n"])
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    assert remaining[0] == pytest.approx(4, abs=0.1) and remaining[1] == pytest.approx(2, abs=0.1)
