@@ -329,8 +329,13 @@ def make_trainer(
         f"captions {'packed per image' if packed else 'one per row'}"
     )
     if packed and training.train_sampling_strategy == "group_by_length":
-        sampler = LengthSampler(datasets["train"].lengths(), training.train_batch_size, training.seed)
-        say(f"padding: {sampler.padding():.1%} of the decoder's positions, sorting within {sampler.window} batches")
+        sampler = LengthSampler(
+            datasets["train"].lengths(),
+            training.train_batch_size * training.world_size,
+            training.seed,
+            accumulation=training.gradient_accumulation_steps,
+        )
+        say(f"padding: {sampler.padding():.1%} of the decoder's positions, sorting within {sampler.window} updates")
     self_critical = None
     if args.self_critical_epochs:
         reward = CiderReward(references["train"])

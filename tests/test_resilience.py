@@ -17,6 +17,7 @@ import psutil
 import pytest
 import torch
 from conftest import ROOT, contents
+from datasets import load_from_disk
 from forked import FORKS, Training, several
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -552,25 +553,31 @@ def without_dropout():
     """Each process draws its own dropout, which would hide whether all else is the same."""
     from captioning.model import captioner
 
-    build = captioner.build
+    assemble = captioner.assemble
 
-    def built(*args):
-        net = build(*args)
+    def assembled(*args):
+        net, new = assemble(*args)
         for module in net.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        return net
+        return net, new
 
-    captioner.build = built
+    captioner.assemble = assembled
 
 
 def test_one_two_and_three_processes_train_to_the_same_weights_and_scores(few, tmp_path):
+    """23 images: no number of processes above one can share them evenly."""
+    splits = load_from_disk(str(few))
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    shutil.rmtree(data / "train")
+    splits["train"].select(range(23)).save_to_disk(str(data / "train"))
     found = {}
     for count in (1, 2, 3):
         folder = tmp_path / str(count)
         more = [f"--per_device_train_batch_size={12 // count}", "--epochs=2", "--dataloader_num_workers=0"]
         more += ["--per_device_eval_batch_size=3", "--max_grad_norm=0"]
-        runs = several(count, arguments(few, folder, *more), tmp_path / f"logs{count}", without_dropout)
+        runs = several(count, arguments(data, folder, *more), tmp_path / f"logs{count}", without_dropout)
         assert [run.wait() for run in runs] == [0] * count, "\n".join(run.said() for run in runs)
         assert f"{count} process(es)" in runs[0].said() and "12 images per update" in runs[0].said()
         assert all("cider_d" not in run.said() for run in runs[1:]), "one process speaks for all"

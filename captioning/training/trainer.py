@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import EarlyStoppingCallback, get_scheduler
+from transformers import EarlyStoppingCallback, get_scheduler, set_seed
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -184,12 +184,17 @@ class CaptionTrainer(ResumableTrainer):
         rows = self._prepare_inputs(self.collator.rows(samples.captions))
         out = self.forward(model, {**batch, **rows})
         self.rewards.append(samples.reward)
-        return settings.loss(out.logits, out.labels, samples.advantages, num_items)
+        # An image without captions is there to fill the batch only.
+        counts = (batch["labels"] != IGNORED).any(1).tolist()
+        of_tokens = [count for count, own in zip(counts, samples.captions, strict=True) for c in own for _ in c]
+        advantages = samples.advantages * torch.tensor(of_tokens, device=samples.advantages.device)
+        return settings.loss(out.logits, out.labels, advantages, num_items)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self.rewards and "loss" in logs:
             # Of sampled captions the loss says nothing (its mean is near 0 however good they are), their reward does.
-            logs = {"reward": statistics.fmean(self.rewards), **logs}
+            mean = torch.tensor(statistics.fmean(self.rewards), device=self.args.device)
+            logs = {"reward": self.accelerator.gather(mean).mean().item(), **logs}
             del logs["loss"]
             self.rewards.clear()
         super().log(logs, *args, **kwargs)
@@ -209,10 +214,16 @@ class CaptionTrainer(ResumableTrainer):
     def _get_train_sampler(self, train_dataset=None):
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        together = self.args.train_batch_size * self.args.world_size
+        together = self._train_batch_size * self.args.world_size
         strategy = self.args.train_sampling_strategy
         sampler = LengthSampler(
-            dataset.lengths(), together, seed, sort=strategy == "group_by_length", shuffle=strategy != "sequential"
+            dataset.lengths(),
+            together,
+            seed,
+            sort=strategy == "group_by_length",
+            shuffle=strategy != "sequential",
+            accumulation=self.args.gradient_accumulation_steps,
+            fill=self.args.world_size > 1,
         )
         self.set_epoch = sampler.set_epoch
         return sampler
@@ -295,6 +306,8 @@ class CaptionTrainer(ResumableTrainer):
     # ---- checkpoints
 
     def train(self, *args, **kwargs):
+        # The Trainer gives each process the same seed, and with it the same dropout and the same samples.
+        set_seed(self.args.seed + self.args.process_index)
         with contextlib.closing(self.progress):
             return super().train(*args, **kwargs)
 
