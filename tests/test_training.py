@@ -6,6 +6,7 @@ import math
 import os
 import re
 import shutil
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -687,6 +688,42 @@ def test_two_processes_train_as_one_does(prepared, tmp_path):
     assert len(json.loads((folder / "predictions_test.json").read_text())) == 120
     assert "2 process(es)" in done.stderr and "150 images per update" in done.stderr
     assert done.stdout.count("cider_d") == 1, "one process speaks for all"
+
+
+def launched(launcher: list, *words) -> subprocess.Popen:
+    command = [sys.executable, "-m", "accelerate.commands.launch", *launcher, ROOT / "train.py", *words]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+@pytest.mark.slow
+def test_the_processes_of_accelerate_s_config_file_are_those_that_run(few, tmp_path):
+    config = {"compute_environment": "LOCAL_MACHINE", "distributed_type": "MULTI_CPU", "use_cpu": True}
+    config |= {"num_machines": 1, "num_processes": 2, "machine_rank": 0, "mixed_precision": "no"}
+    (tmp_path / "config.yaml").write_text(json.dumps(config))
+    run = launched([f"--config_file={tmp_path / 'config.yaml'}"], *arguments(few, tmp_path / "run", "--max_steps=1"))
+    said = run.communicate(timeout=240)[0]
+    assert run.returncode == 0 and "2 process(es)" in said, said
+
+
+@pytest.mark.slow
+def test_two_machines_of_accelerate_are_one_training(few, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    together = ["--cpu", "--num_processes=2", "--num_machines=2", "--main_process_ip=127.0.0.1"]
+    together.append(f"--main_process_port={port}")
+    words = arguments(few, tmp_path / "run", "--max_steps=1")
+    runs = [launched([*together, f"--machine_rank={rank}"], *words) for rank in (0, 1)]
+    said = [run.communicate(timeout=240)[0] for run in runs]
+    assert [run.returncode for run in runs] == [0, 0], said
+    assert "2 process(es)" in said[0] and sum(text.count("cider_d") for text in said) == 1
+
+
+def test_processes_that_cannot_be_counted_are_refused(few, tmp_path, monkeypatch):
+    monkeypatch.setenv("ACCELERATE_USE_CPU", "true")
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    with pytest.raises(InputError, match="accelerate was asked for several processes and starts one of them on CPUs"):
+        train.main(arguments(few, tmp_path / "run"))
 
 
 @pytest.mark.parametrize(

@@ -193,6 +193,8 @@ DEFAULTS: dict[str, Any] = {
     "disable_tqdm": False,
     # Rank 0 computes cached features while the others wait.
     "ddp_timeout": 7200,
+    # Parameters that no loss reaches are frozen: to look for them in each update takes time.
+    "ddp_find_unused_parameters": False,
     # A loss that is not a number is to be seen, not logged as zero.
     "logging_nan_inf_filter": False,
     "seed": 0,
@@ -471,28 +473,55 @@ def device_defaults() -> dict[str, Any]:
 # ---- several processes on CPUs
 
 
-def missing_cpu_processes() -> int:
-    """How many processes `accelerate launch --cpu --num_processes N` was asked for and left to MPI to start.
+def start_missing_processes(script: str, argv: Sequence[str] | None) -> None:
+    """Replace this process by torch's launcher where `accelerate launch` leaves the others to MPI. Otherwise return.
 
-    Without MPI it starts one, and tells it of the others by MASTER_ADDR only; N stands on its command line.
+    On CPUs accelerate starts one process, and tells it of the others by MASTER_ADDR only. How many were asked for is
+    read by accelerate's own parser, from its own command line and its config file.
+
+    Raises:
+        InputError: several processes were asked for, and how many cannot be found out.
     """
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
     if not asked or {"RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):
-        return 0
+        return
+    settings = _settings_of_accelerate()
+    if settings is None:
+        raise InputError(
+            "accelerate was asked for several processes and starts one of them on CPUs; start them with "
+            "'torchrun --nproc_per_node N train.py' instead"
+        )
+    processes, machines, rank = settings
+    here = max(1, processes // machines)
+    launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={here}"]
+    if machines > 1:
+        address = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
+        launcher += [f"--nnodes={machines}", f"--node_rank={rank}"]
+        launcher += [f"--{name.lower()}={value}" for name, value in address.items()]
+    else:
+        launcher.append("--standalone")
+    cli.note(f"starting {here} CPU processes with torch.distributed.run" + (f", machine {rank}" * (machines > 1)))
+    words = sys.argv[1:] if argv is None else argv
+    os.execv(sys.executable, [sys.executable, *launcher, str(Path(script).resolve()), *words])
+
+
+def _settings_of_accelerate() -> tuple[int, int, int] | None:
+    """Processes in all, machines, and this machine's rank, as `accelerate launch`, the parent process, was told."""
     import psutil
+    from accelerate.commands.config.config_args import default_config_file, load_config_from_file
+    from accelerate.commands.launch import launch_command_parser
 
-    finder = argparse.ArgumentParser(add_help=False)
-    finder.add_argument("--num_processes", "--num-processes", type=int, default=0)
     try:
-        return finder.parse_known_args(psutil.Process(os.getppid()).cmdline())[0].num_processes
-    except psutil.Error:
-        return 0
+        words = psutil.Process(os.getppid()).cmdline()
+        begin = next(i for i, word in enumerate(words) if word == "launch" or word.endswith("accelerate-launch"))
+        args = launch_command_parser().parse_args(words[begin + 1 :])
+    except (psutil.Error, StopIteration, SystemExit):
+        return None
+    file = args.config_file or (default_config_file if Path(default_config_file).is_file() and not args.cpu else None)
+    config = load_config_from_file(file) if file else None
 
+    def setting(name: str, default: int) -> int:
+        given = getattr(args, name)
+        return int(given if given is not None else getattr(config, name, None) or default)
 
-def start_missing_processes(script: str, argv: Sequence[str] | None) -> None:
-    """Replace this process by torch's launcher where `accelerate` started one process of several. Otherwise return."""
-    if processes := missing_cpu_processes():
-        cli.note(f"starting {processes} CPU processes with torch.distributed.run")
-        words = sys.argv[1:] if argv is None else argv
-        launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
-        os.execv(sys.executable, [sys.executable, *launcher, str(Path(script).resolve()), *words])
+    return setting("num_processes", 1), setting("num_machines", 1), setting("machine_rank", 0)
