@@ -393,7 +393,7 @@ def score(args: Arguments) -> int:
     ]
     write_whole(target, json.dumps(sorted(content, key=lambda row: row["cider_d"]), indent=1) + "\n")
     cli.note(f"scores of each image, the worst first, written to {target}")
-    cli.note(f"{args.split} split, {len(split):,} images, {description['source']}; {metrics.PROTOCOL}")
+    cli.note(f"{args.split} split, {len(split):,} images, {description['source']}; {metrics.protocol(split.captions)}")
     print("\n".join(f"{name:<12}{value:>10.4f}" for name, value in scores.items()))
     return 0
 

@@ -22,7 +22,7 @@ from captioning.show import run_folder
 @pytest.fixture(scope="module")
 def results():
     """What results.json holds of a made-up run."""
-    return run_folder.results_of(madeup.run(madeup.split(4)))
+    return run_folder.results_of(madeup.run(madeup.split(4)), "one caption per image")
 
 
 # ---- the model card

@@ -19,8 +19,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jinja2
 from PIL import Image
 
-from captioning.scores import metrics, ptb
+from captioning.scores import metrics
 from captioning.scores.names import BRIEF_KEYS, SCORE_NAMES
+from captioning.scores.words import choose
 from captioning.show import wording
 from captioning.show.curves import draw_curves
 
@@ -175,7 +176,8 @@ def _speech(predictions: Mapping[int, str], references: Mapping[int, Sequence[st
         "firsts": [captions[0] for captions in references.values()],
         "all": [caption for captions in references.values() for caption in captions],
     }
-    words = {name: [text.split() for text in ptb.tokenize(captions)] for name, captions in texts.items()}
+    tokenize = choose(texts["all"]).tokenize  # as they were scored
+    words = {name: [text.split() for text in tokenize(captions)] for name, captions in texts.items()}
     labels = ["captions", "words, mean", "words, shortest to longest", "different words", "captions that differ"]
     columns = [_overview(texts[name], words[name]) for name in texts]
 
