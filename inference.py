@@ -21,14 +21,14 @@ import glob
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioning import InputError, cli
 from captioning.cli import flag
-from captioning.files import write_whole
+from captioning.files import json_text, write_whole
 
 if TYPE_CHECKING:
     from captioning.model.captioner import Bundle
@@ -191,8 +191,9 @@ def caption_images(args: Arguments) -> int:
         images.read_bytes(paths[0])
     bundle = load_model(args)
     failures: list[str] = []
-    entries = []
+    entries, captions = [], []
     for entry in make_entries(paths, bundle, args, failures):
+        captions.append(entry["caption"])
         if args.output:
             entries.append(entry)
         else:
@@ -200,9 +201,10 @@ def caption_images(args: Arguments) -> int:
     done = len(paths) - len(failures)
     if len(paths) == 1 and failures:
         raise InputError(failures[0])
+    warn_of_monotony(captions)
     if args.output:
         lines = "".join(json_line(entry) + "\n" for entry in entries)
-        write_whole(args.output, lines if args.json else json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+        write_whole(args.output, lines if args.json else json_text(entries, indent=1) + "\n")
         cli.note(f"{done:,} captions written to {args.output}")
     if failures:
         cli.note(f"{len(failures):,} of {len(paths):,} images could not be captioned:")
@@ -210,6 +212,14 @@ def caption_images(args: Arguments) -> int:
             cli.note(f"  {failure}")
         return 1 if done else 2
     return 0
+
+
+def warn_of_monotony(captions: list[str], references: Sequence[Sequence[str]] = ()) -> None:
+    """One line on stderr where the model says the same of every image, or one word over and over."""
+    from captioning.scores import monotony
+
+    if warning := monotony.warning(captions, references):
+        cli.note(f"warning: {cli.printable(warning)}")
 
 
 def expand(paths: list[str]) -> list[str]:
@@ -356,7 +366,7 @@ def token_list(tokenizer, caption: Caption) -> list[dict[str, Any]]:
 
 def json_line(entry: dict[str, Any]) -> str:
     """One line of JSON that reads as it is meant in a terminal: letters as they are, control characters escaped."""
-    text = json.dumps(entry, ensure_ascii=False)
+    text = json_text(entry)
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
@@ -384,16 +394,17 @@ def score(args: Arguments) -> int:
         results = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
         folder = Path(args.model_path) if Path(args.model_path).is_dir() else Path()
         file = args.output or folder / f"predictions_{args.split}.json"
-        write_whole(file, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        write_whole(file, json_text(results, indent=1) + "\n")
         cli.note(f"captions written to {file}")
         target = file.with_name(f"scores_per_image_{args.split}.json")
     scores, per_image = metrics.coco_scores(predictions, references, per_image=True)
     content = [
         {"image_id": image_id, "caption": predictions[image_id], **values} for image_id, values in per_image.items()
     ]
-    write_whole(target, json.dumps(sorted(content, key=lambda row: row["cider_d"]), indent=1) + "\n")
+    write_whole(target, json_text(sorted(content, key=lambda row: row["cider_d"]), indent=1) + "\n")
     cli.note(f"scores of each image, the worst first, written to {target}")
     cli.note(f"{args.split} split, {len(split):,} images, {description['source']}; {metrics.protocol(split.captions)}")
+    warn_of_monotony(list(predictions.values()), [references[image_id] for image_id in predictions])
     print("\n".join(f"{name:<12}{value:>10.4f}" for name, value in scores.items()))
     return 0
 

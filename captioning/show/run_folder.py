@@ -7,7 +7,6 @@ Each file is written whole or not at all.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import re
@@ -19,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from captioning.files import write_whole
+from captioning.files import json_text, write_whole
 from captioning.scores import metrics
 from captioning.scores.names import SCORE_NAMES
 from captioning.show import wording
@@ -55,9 +54,9 @@ class Run:
 def write(folder: Path, run: Run, test_split: Split) -> None:
     """Write every file but the model's into `folder`, which exists."""
     captions = [{"image_id": image_id, "caption": run.predictions[image_id]} for image_id in test_split.image_id]
-    write_whole(folder / "predictions_test.json", json.dumps(captions, indent=1) + "\n")  # COCO's results format
+    write_whole(folder / "predictions_test.json", json_text(captions, indent=1) + "\n")  # COCO's results format
     results = results_of(run, metrics.protocol(test_split.captions))
-    write_whole(folder / "results.json", json.dumps(results, indent=2, default=str) + "\n")
+    write_whole(folder / "results.json", json_text(results, indent=2, default=str) + "\n")
     write_whole(folder / "report.html", report_page(results, run.log_history, test_split, run.predictions))
     draw_curves(run.log_history, folder / "training_curves.png", run.kept)
     items = [

@@ -12,6 +12,7 @@ from transformers.trainer_callback import ProgressCallback
 
 from captioning import InputError
 from captioning.cli import printable
+from captioning.scores import monotony
 from captioning.scores.names import BRIEF_KEYS, SCORE_NAMES
 
 SAMPLES = 3  # captions shown after each evaluation
@@ -27,6 +28,7 @@ class Progress(ProgressCallback):
     def __init__(self, trainer):
         super().__init__()
         self.trainer = trainer
+        self.warned = False
 
     def close(self) -> None:
         """End the lines of bars that an error has left open."""
@@ -65,6 +67,12 @@ class Progress(ProgressCallback):
             said = self.trainer.predictions
             samples = sorted(said)[:: max(1, len(said) // SAMPLES)][:SAMPLES]  # the same ones every time
             lines += [f"    image {image_id}: {printable(said[image_id])}" for image_id in samples]
+            # At first every model says the same of all images.
+            if not self.warned and 2 * state.global_step >= state.max_steps:
+                references = [self.trainer.references[image_id] for image_id in said]
+                if warning := monotony.warning(list(said.values()), references):
+                    lines.append(f"warning: {printable(warning)}")
+                    self.warned = True  # once; train.py says it again at the end, if it is still so
             tqdm.write("\n".join(lines), file=sys.stderr)  # at once: the bar is drawn again after it
 
 
