@@ -78,7 +78,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
 
     # Batches
     datasets = {
-        name: CaptionDataset(split, bundle.pixels, name == "train" and args.augment > 0, training.seed)
+        name: CaptionDataset(split, bundle.pixels, name == "train" and args.augment > 0, training.seed, args.mirror)
         for name, split in splits.items()
     }
     if args.cache_features:
