@@ -164,3 +164,9 @@ def test_only_images_whose_captions_name_no_side_are_mirrored():
     assert may_mirror(["a bright light", "a dog"])
     assert not may_mirror(["a dog", "Квадрат слева."])
     assert not batches.CaptionDataset([], None, augment=True, mirror=False).may_mirror(["a dog"])
+
+
+def test_images_in_their_order_are_augmented_too():
+    sampler = batches.LengthSampler([3, 1, 2], 2, seed=0, shuffle=False)
+    sampler.set_epoch(2)
+    assert list(sampler) == [6, 7, 8], "the third epoch's variants, in the images' order"

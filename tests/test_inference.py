@@ -2,13 +2,14 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, contents, script
 from datasets import load_from_disk
 from httpserver import Server, body, status
 from PIL import Image
@@ -292,9 +293,22 @@ def test_a_run_folder_is_scored_on_a_split(trained, prepared, tmp_path, capsys):
     assert "official COCO" in captured.err and "test split, 120 images" in captured.err
     predictions = json.loads(output.read_text())
     assert predictions == json.loads((trained / "predictions_test.json").read_text())
-    per_image = json.loads((tmp_path / "scores_per_image_test.json").read_text())
+    per_image = json.loads((tmp_path / "scored_test_per_image.json").read_text())
     assert len(per_image) == 120
     assert per_image[0]["cider_d"] <= per_image[-1]["cider_d"]
+
+
+def test_scoring_leaves_the_run_folder_s_results_as_they_are(trained, prepared, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = contents(folder)
+    assert inference.main([f"--model_path={folder}", f"--data_path={prepared}", "--num_beams=1", "--device=cpu"]) == 0
+    after = contents(folder)
+    assert {name: after[name] for name in before} == before
+    new = {Path(name).name: json.loads(after[name]) for name in after.keys() - before.keys()}
+    assert set(new) == {f"scored_test_{name}.json" for name in ("predictions", "per_image", "results")}
+    results = new["scored_test_results.json"]
+    assert results["decoding"]["num_beams"] == 1 and results["images"] == 120 and 0 < results["bleu_1"] <= 1
 
 
 def test_anybodys_captions_are_scored(prepared, tmp_path, capsys):

@@ -1,9 +1,13 @@
 """A model that says the same of every image, or one word over and over, is told apart from one that does not."""
 # ruff: noqa: RUF001
 
+from types import SimpleNamespace
+
 import pytest
 
+import inference
 from captioning.scores.monotony import repeats_itself, warning
+from captioning.training.progress import Progress
 
 VARIED = [f"a dog number {number} on a field" for number in range(20)]
 
@@ -41,7 +45,7 @@ def test_what_people_say_too_is_no_reason_to_warn():
     ],
 )
 def test_a_caption_that_repeats_itself(caption):
-    assert warning([caption]).startswith("The caption repeats itself, '")
+    assert warning([caption]).startswith("the caption repeats itself, '")
     assert warning([caption, *VARIED[:8]]).startswith("1 of 9 captions repeat")
     assert warning([caption, *VARIED[:12]]) is None, "one of many"
 
@@ -65,7 +69,39 @@ def test_a_caption_that_does_not(caption):
 
 def test_a_long_caption_is_cut_off():
     assert warning(["word " * 500]) == (
-        f"The caption repeats itself, '{'word ' * 11}word…'; train longer, on more images, or from pretrained weights"
+        f"the caption repeats itself, '{'word ' * 11}word…'; train longer, on more images, or from pretrained weights"
     )
     assert repeats_itself(["a"] * 8)
     assert not repeats_itself(["a"] * 7)
+
+
+# ---- where it is said
+
+
+def test_training_warns_once_and_only_in_its_second_half(capsys):
+    captions = dict.fromkeys(range(20), "a a a a a a a a")
+    trainer = SimpleNamespace(predictions=captions, references={number: ["a dog"] for number in captions})
+    progress = Progress(trainer)
+
+    def said(step: int) -> list[str]:
+        state = SimpleNamespace(is_world_process_zero=True, global_step=step, max_steps=100)
+        progress.on_log(None, state, None, logs={"eval_loss": 1.0, "epoch": step / 10})
+        lines = capsys.readouterr().err.splitlines()
+        assert sum("validation loss" in line for line in lines) == 1
+        return [line for line in lines if line.startswith("warning: ")]
+
+    assert said(10) == said(40) == []
+    (line,) = said(60)
+    assert "20 of 20 images (100%) have the caption 'a a a a" in line
+    assert said(70) == said(100) == []
+
+
+def test_captioning_warns_on_stderr(capsys):
+    inference.warn_of_monotony(["a dog"] * 12)
+    inference.warn_of_monotony(["a dog"])
+    inference.warn_of_monotony(["go\x1b go\x1b go\x1b go\x1b go go go go"])
+    out, err = capsys.readouterr()
+    assert not out
+    same, repeated = err.splitlines()
+    assert same.startswith("warning: 12 of 12 images")
+    assert repeated.startswith("warning: the caption repeats itself, 'go\\x1b go")

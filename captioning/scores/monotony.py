@@ -1,7 +1,7 @@
 """A warning where a model says the same of every image, or the same word over and over.
 
 warning(["a dog", "a dog", ...])    ->  "12 of 12 images (100 %) have the caption 'a dog': ..."
-warning(["a cat cat cat cat cat cat cat cat"])  ->  "The caption repeats itself, ..."
+warning(["a cat cat cat cat cat cat cat cat"])  ->  "the caption repeats itself, ..."
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ def warning(captions: Sequence[str], references: Sequence[Sequence[str]] = ()) -
         return None
     example = _quoted(captions[found[0]])
     if images == 1:
-        return f"The caption repeats itself, {example}; {REMEDY}"
+        return f"the caption repeats itself, {example}; {REMEDY}"
     return f"{len(found):,} of {images:,} captions repeat themselves, such as {example}; {REMEDY}"
 
 

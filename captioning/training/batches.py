@@ -145,6 +145,7 @@ class LengthSampler(torch.utils.data.Sampler):
         lengths: tokens of each image.
         batch_size: images that are processed side by side, over all processes.
         sort: False leaves the order random, however much padding that takes.
+        shuffle: False leaves the images in their order; nothing is sorted then.
 
     Yields:
         Indices of `CaptionDataset`: `epoch * len(lengths) + row`.
@@ -153,12 +154,13 @@ class LengthSampler(torch.utils.data.Sampler):
     TOLERATED = 0.1  # share of the decoder's positions
     WINDOWS = (1, 2, 4, 8, 16, 32, 64)  # batches; 1 is no sorting at all
 
-    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, sort: bool = True):
+    def __init__(self, lengths: Sequence[int], batch_size: int, seed: int, sort: bool = True, shuffle: bool = True):
         self.lengths = np.asarray(lengths)
+        self.shuffle = shuffle
         self.batch_size = batch_size
         self.seed = seed
         self.epoch = 0
-        for window in self.WINDOWS if sort else (1,):
+        for window in self.WINDOWS if sort and shuffle else (1,):
             self.window = window
             if self.padding() < self.TOLERATED:
                 break
@@ -170,6 +172,10 @@ class LengthSampler(torch.utils.data.Sampler):
         return len(self.lengths)
 
     def __iter__(self) -> Iterator[int]:
+        first = self.epoch * len(self.lengths)
+        if not self.shuffle:
+            yield from range(first, first + len(self.lengths))
+            return
         rng = np.random.default_rng((self.seed, self.epoch))
         order = rng.permutation(len(self.lengths))
         window = self.window * self.batch_size
@@ -182,7 +188,7 @@ class LengthSampler(torch.utils.data.Sampler):
         full = [batch for batch in batches if len(batch) == self.batch_size]
         rest = [batch for batch in batches if len(batch) < self.batch_size]
         shuffled = [*(full[index] for index in rng.permutation(len(full))), *rest]
-        yield from (np.concatenate(shuffled) + self.epoch * len(self.lengths)).tolist()
+        yield from (np.concatenate(shuffled) + first).tolist()
 
     def padding(self) -> float:
         """Share of this epoch's decoder positions that hold no token, in packed batches."""
