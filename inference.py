@@ -21,14 +21,14 @@ import glob
 import json
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioning import InputError, cli
 from captioning.cli import flag
-from captioning.files import write_whole
+from captioning.files import json_text, write_whole
 
 if TYPE_CHECKING:
     from captioning.data.folder import Split
@@ -192,8 +192,9 @@ def caption_images(args: Arguments) -> int:
         images.read_bytes(paths[0])
     bundle = load_model(args)
     failures: list[str] = []
-    entries = []
+    entries, captions = [], []
     for entry in make_entries(paths, bundle, args, failures):
+        captions.append(entry["caption"])
         if args.output:
             entries.append(entry)
         else:
@@ -201,6 +202,7 @@ def caption_images(args: Arguments) -> int:
     done = len(paths) - len(failures)
     if len(paths) == 1 and failures:
         raise InputError(failures[0])
+    warn_of_monotony(captions)
     if args.output:
         if args.json:
             write_whole(args.output, "".join(json_line(entry) + "\n" for entry in entries))
@@ -213,6 +215,14 @@ def caption_images(args: Arguments) -> int:
             cli.note(f"  {failure}")
         return 1 if done else 2
     return 0
+
+
+def warn_of_monotony(captions: list[str], references: Sequence[Sequence[str]] = ()) -> None:
+    """One line on stderr where the model says the same of every image, or one word over and over."""
+    from captioning.scores import monotony
+
+    if warning := monotony.warning(captions, references):
+        cli.note(f"warning: {cli.printable(warning)}")
 
 
 def expand(paths: list[str]) -> list[str]:
@@ -359,7 +369,7 @@ def token_list(tokenizer, caption: Caption) -> list[dict[str, Any]]:
 
 def json_line(entry: dict[str, Any]) -> str:
     """One line of JSON that reads as it is meant in a terminal: letters as they are, control characters escaped."""
-    text = json.dumps(entry, ensure_ascii=False)
+    text = json_text(entry)
     return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
@@ -391,10 +401,12 @@ def score(args: Arguments) -> int:
     each = [{"image_id": key, "caption": predictions[key], **values} for key, values in per_image.items()]
     write_json(target, sorted(each, key=lambda row: row["cider_d"]))
     cli.note(f"scores of each image, the worst first, written to {target}")
+    protocol = metrics.protocol(split.captions)
     if not args.predictions:
-        told = {"protocol": metrics.PROTOCOL, "split": args.split, "images": len(split), "data": description["source"]}
+        told = {"protocol": protocol, "split": args.split, "images": len(split), "data": description["source"]}
         write_json(target.with_name(f"scored_{args.split}_results.json"), {**told, "decoding": settings, **scores})
-    cli.note(f"{args.split} split, {len(split):,} images, {description['source']}; {metrics.PROTOCOL}")
+    cli.note(f"{args.split} split, {len(split):,} images, {description['source']}; {protocol}")
+    warn_of_monotony(list(predictions.values()), [references[image_id] for image_id in predictions])
     print("\n".join(f"{name:<12}{value:>10.4f}" for name, value in scores.items()))
     return 0
 
@@ -414,7 +426,7 @@ def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[s
 
 
 def write_json(file: Path, content: Any) -> None:
-    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
+    write_whole(file, json_text(content, indent=1) + "\n")
 
 
 def read_predictions(file: Path, references: dict[int, list[str]]) -> dict[int, str]:

@@ -54,6 +54,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
 
     from captioning.data.folder import load_prepared
     from captioning.model import captioner, parts
+    from captioning.scores import monotony
     from captioning.show import run_folder
     from captioning.training.batches import CaptionDataset
 
@@ -87,7 +88,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
 
     # Batches
     datasets = {
-        name: CaptionDataset(split, bundle.pixels, name == "train" and args.augment > 0, training.seed)
+        name: CaptionDataset(split, bundle.pixels, name == "train" and args.augment > 0, training.seed, args.mirror)
         for name, split in splits.items()
     }
     if args.cache_features:
@@ -135,6 +136,9 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
         )
         run_folder.write(args.output_dir, run, splits["test"])
         print(table(validation, test))
+        said = [predictions[image_id] for image_id in splits["test"].image_id]
+        if warning := monotony.warning(said, splits["test"].captions):
+            say(f"warning: {cli.printable(warning)}")
         say(f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ...")
     if training.push_to_hub:
         trainer.push_to_hub()

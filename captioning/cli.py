@@ -301,6 +301,14 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+JOINERS = "\u200c\u200d"
+
+
 def printable(text: str) -> str:
-    """`text` with control characters escaped, so that a caption cannot drive the terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+    """`text` with control characters escaped, so that a caption cannot drive the terminal.
+
+    The two joiners stay: words of Persian and of the languages of India are spelt with them.
+    """
+    return "".join(
+        char if char.isprintable() or char in JOINERS else char.encode("unicode_escape").decode() for char in text
+    )

@@ -94,6 +94,15 @@ def write_whole(path: Path, content: bytes | str) -> None:
         part.write_bytes(content if isinstance(content, bytes) else content.encode())
 
 
+def json_text(value: Any, **options: Any) -> str:
+    """`value` as JSON with letters as they are, for people to read; `options` are those of `json.dumps`.
+
+    Halves of characters (lone surrogates) are escaped, because a file in UTF-8 cannot hold them.
+    """
+    text = json.dumps(value, ensure_ascii=False, **options)
+    return re.sub("[\ud800-\udfff]", lambda half: json.dumps(half[0])[1:-1], text)
+
+
 def is_whole_safetensors(path: Path) -> bool:
     """Whether a file of weights is as long as its header says."""
     try:

@@ -165,3 +165,7 @@ def test_variants_are_cached_apart_and_taken_in_turn(bundle_and_data, prepared, 
         features.FeatureCache(bundle, tmp_path, 4, print).fingerprint(d, v) for d in (dataset, other) for v in (0, 1, 2)
     }
     assert len(names) == 5, "variant 0 does not depend on the seed"
+    straight = batches.CaptionDataset(rows, plain.pixels, augment=True, seed=3, mirror=False)
+    cache = features.FeatureCache(bundle, tmp_path, 4, print)
+    assert cache.fingerprint(straight, 0) == cache.fingerprint(dataset, 0)
+    assert cache.fingerprint(straight, 1) not in names, "what is never mirrored is cached apart"

@@ -111,3 +111,10 @@ def test_json_that_is_none_says_what_is_wrong_and_where(content, message, tmp_pa
         files.read_json(file)
     with pytest.raises(InputError, match=r"; fetch it again$"):
         files.read_json(file, "fetch it again")
+
+
+def test_json_is_written_as_people_read_it(tmp_path):
+    value = {"caption": "Квадрат слева, 左, \U0001f600", "half": "\ud83d", "line": "\u2028\n"}
+    files.write_whole(tmp_path / "file.json", files.json_text(value, indent=1))
+    assert "Квадрат слева, 左, \U0001f600" in (tmp_path / "file.json").read_text(encoding="utf-8")
+    assert files.read_json(tmp_path / "file.json") == value

@@ -146,7 +146,7 @@ def test_best_and_worst_are_those_by_cider(made):
 def test_a_model_that_says_the_same_of_every_image_is_seen_at_once(made):
     results, history, split, predictions = made
     same = html_report.report_page(results, history, split, dict.fromkeys(predictions, "a dog."))
-    assert 'class="warn"' in same and "was said of 120 out of 120 (100 %)" in same
+    assert 'class="warn"' in same and "120 of 120 images (100%) have the caption &#39;a dog.&#39;" in same
     varied = {image_id: f"a dog {image_id}." for image_id in predictions}
     assert 'class="warn"' not in html_report.report_page(results, history, split, varied)
 

@@ -1,4 +1,5 @@
 """Scores against the official evaluation's scores, rouge_score, and what must always hold."""
+# ruff: noqa: RUF001
 
 import importlib.util
 import json
@@ -16,10 +17,11 @@ from hypothesis import strategies as st
 from captioning import InputError
 from captioning.scores.bleu import bleu
 from captioning.scores.cider import InverseDocumentFrequencies, cider_d
-from captioning.scores.metrics import coco_scores
+from captioning.scores.metrics import coco_scores, protocol
 from captioning.scores.names import COCO_KEYS, ROUGE_KEYS, SCORE_NAMES
 from captioning.scores.ngrams import NgramCounter
 from captioning.scores.reward import CiderReward
+from captioning.scores.words import choose, unicode_words
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "golden"))
 
@@ -68,7 +70,10 @@ def test_official_evaluation_now():
 TEXTS = st.text(alphabet="ab c\n.'", max_size=12) | st.text(max_size=20)
 
 
-@given(prediction=TEXTS, references=st.lists(TEXTS, min_size=1, max_size=3))
+ENGLISH = st.text(alphabet="ab c\n.'", max_size=12) | st.text(st.characters(max_codepoint=127), max_size=20)
+
+
+@given(prediction=TEXTS, references=st.lists(ENGLISH, min_size=1, max_size=3))
 @settings(deadline=None, max_examples=50)
 def test_rouge_is_that_of_rouge_score(prediction, references):
     from rouge_score.rouge_scorer import RougeScorer
@@ -263,3 +268,116 @@ def test_a_caption_that_stops_in_mid_sentence_earns_less():
     )
     assert whole > max(cut, unfinished)
     assert whole == pytest.approx(10)
+
+
+# ---- other languages
+
+PERFECT = {
+    "Russian": ["Чёрная собака бежит по снегу.", "Красный круг на сером фоне."],
+    "Arabic": ["قطة سوداء تنام على العشب الأخضر.", "رجلان يجلسان على مقعد في الحديقة."],
+    "Hindi": ["एक काला कुत्ता बर्फ में दौड़ रहा है।", "दो आदमी पार्क में बैठे हैं।"],
+    "Korean": ["검은 강아지가 눈 위를 달린다.", "두 남자가 공원에 앉아 있다."],
+    "French": ["Un chien noir court à côté d'une forêt enneigée.", "Deux hommes assis près d'un étang."],
+    "Vietnamese": ["Một con chó đen chạy trên tuyết.", "Hai người đàn ông ngồi trong công viên."],
+    "Chinese": ["一只黑狗在雪地里奔跑。", "两个男人正在爬山。"],
+    "Japanese": ["黒い犬が雪の上を走っている。", "二人の男が公園のベンチに座っている。"],
+    "Thai": ["สุนัขสีดำวิ่งบนหิมะ", "ผู้ชายสองคนนั่งอยู่ในสวน"],
+    "Khmer": ["ឆ្កែខ្មៅរត់លើព្រិល", "បុរសពីរនាក់អង្គុយក្នុងសួន"],
+}
+
+
+@pytest.mark.parametrize("language", PERFECT)
+def test_a_perfect_caption_is_perfect_in_any_language(language):
+    captions = by_id(PERFECT[language])
+    scores = coco_scores(captions, {i: [caption] for i, caption in captions.items()})
+    assert scores == {key: pytest.approx(10 if key == "cider_d" else 1, abs=1e-6) for key in scores}
+    # Nothing in common is 0, as in English.
+    others = coco_scores(dict.fromkeys(captions, "zebra"), {i: [caption] for i, caption in captions.items()})
+    assert others == dict.fromkeys(others, pytest.approx(0, abs=1e-6))
+
+
+def test_rouge_of_other_languages_is_that_of_rouge_score_with_their_words():
+    from rouge_score.rouge_scorer import RougeScorer
+
+    class Tokenizer:
+        def tokenize(self, text):
+            return [word.strip(".,") for word in text.lower().split()]
+
+    reference = "Чёрная собака бежит по снегу,\nа кошка спит."
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeLsum"], tokenizer=Tokenizer())
+    for caption in ("Собака бежит по снегу", "чёрная кошка\nспит, а собака бежит."):
+        ours = coco_scores({1: caption}, {1: [reference]})
+        for key, theirs in zip(ROUGE_KEYS, scorer.score(reference, caption).values(), strict=True):
+            assert ours[key] == pytest.approx(theirs.fmeasure, rel=1e-12)
+            assert ours[key] > 0.2
+
+
+def test_where_words_have_no_spaces_each_character_is_one():
+    """The scores of Chinese are those of the same captions with spaces between the characters."""
+    predictions = {1: "一只黑狗在雪地上奔跑。", 2: "两个男人在爬山。"}
+    references = {1: ["一只黑狗在雪地里奔跑。", "狗在跑"], 2: ["两个男人正在爬山。"]}
+    scores = coco_scores(predictions, references)
+    assert 0.5 < scores["bleu_4"] < 1 and 1 < scores["cider_d"] < 10
+    letters = {character: chr(ord("a") + n) * 2 for n, character in enumerate("一只黑狗在雪地上奔跑里两个男人爬山正")}
+
+    def spelt(caption):
+        return " ".join(letters[character] for character in caption.rstrip("。"))
+
+    spaced = coco_scores(
+        {i: spelt(caption) for i, caption in predictions.items()},
+        {i: list(map(spelt, captions)) for i, captions in references.items()},
+    )
+    assert scores == pytest.approx(spaced, rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("一只穿T恤的狗，第12只。", "一 只 穿 t 恤 的 狗 第 12 只"),
+        ("コーヒーと Café １２", "コ ー ヒ ー と café 12"),
+        ("วิ่งบนหิมะ", "วิ่ ง บ น หิ ม ะ"),
+        ("बाएँ ओर।", "बाएँ ओर"),
+        ("می‌روم، خانه؟", "می\u200cروم خانه"),
+        ("L'école_du «Straße»", "l école du strasse"),
+        ("cafe\u0301", "café"),
+        ("\ud800 👍 — ...", ""),
+    ],
+)
+def test_words_of_unicode(text, words):
+    assert unicode_words(text) == words.split(" ") * bool(words)
+
+
+def test_the_protocol_says_what_a_word_is():
+    english, russian, chinese = (protocol([[text]]) for text in ("A dog.", "Собака.", "一只狗。"))
+    assert english == (
+        "one caption per image against all of its references; BLEU-1..4, ROUGE-L and CIDEr-D as in the official COCO "
+        "caption evaluation (PTB tokenisation, punctuation removed); ROUGE-1, ROUGE-2 and ROUGE-Lsum as in "
+        "rouge_score, best over the references"
+    )
+    assert "ROUGE-1, ROUGE-2 and ROUGE-Lsum with Unicode words" in russian
+    assert "characters as words, for a language without spaces" in chinese
+    assert protocol([]) == english
+    # What most captions are decides; a rare word of another language changes nothing.
+    assert protocol([["A dog runs on the grass."] * 20, ["A café."]]) == english
+    assert protocol([["Ein Hund läuft über die Wiese.", "Ein Hund."]]) == russian
+    assert protocol([["狗 runs on the grass."]]) == russian
+    assert protocol([["A dog runs.", "一只狗在草地上奔跑。"]]) == chinese
+
+
+def test_the_reward_has_the_words_of_the_evaluation():
+    references = {1: ["一只黑狗在雪地里奔跑。"], 2: ["两个男人正在爬山。"], 3: ["红色的圆"]}
+    candidates = {1: "一只狗在雪地里跑", 2: "男人在山上", 3: "圆"}
+    official = coco_scores(candidates, references, per_image=True)[1]
+    reward = CiderReward(references)(list(candidates), list(candidates.values()), [False] * 3)
+    assert all(0 < value < 10 for value in reward)
+    assert sorted(range(3), key=reward.__getitem__) == sorted(
+        range(3), key=[row["cider_d"] for row in official.values()].__getitem__
+    )
+
+
+@given(st.lists(st.text(st.characters(max_codepoint=127)), max_size=4))
+@settings(max_examples=50)
+def test_english_has_the_words_of_the_official_evaluation(captions):
+    from captioning.scores.ptb import tokenize
+
+    assert choose(captions).tokenize is tokenize

@@ -8,6 +8,7 @@ from PIL import Image
 
 from captioning.files import replacing
 from captioning.show import pages
+from captioning.show.fonts import Font
 
 WORDS = "a small brown dog with a red ball runs across the wet grass of a park while two children watch it"
 
@@ -79,7 +80,7 @@ def test_the_legend_says_who_wrote_the_references():
 @pytest.mark.parametrize("bold", [False, True])
 @pytest.mark.parametrize("width", [160, 480])
 def test_wrapped_lines_fit_their_width(text, bold, width):
-    font = pages.font(15, bold)
+    font = Font(15, bold)
     whole = pages.wrap(text, font, width, max_lines=1000)
     assert max(font.getlength(line) for line in whole) <= width
     assert "".join(whole).replace(" ", "") == text.replace(" ", "")
@@ -89,7 +90,7 @@ def test_wrapped_lines_fit_their_width(text, bold, width):
 
 
 def test_wrap_at_its_edges():
-    font = pages.font(15)
+    font = Font(15)
     assert pages.wrap("", font, 200, 5) == [] == pages.wrap("\x00 \n", font, 200, 5)
     assert pages.wrap("a  dog\nruns", font, 200, 5) == ["a dog runs"]
     assert pages.wrap("WW", font, 1, 5) == ["W", "W"]  # narrower than a letter: no endless loop

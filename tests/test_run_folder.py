@@ -16,13 +16,14 @@ from conftest import ROOT
 from huggingface_hub import ModelCard
 from PIL import Image
 
+from captioning.data.folder import Split
 from captioning.show import run_folder
 
 
 @pytest.fixture(scope="module")
 def results():
     """What results.json holds of a made-up run."""
-    return run_folder.results_of(madeup.run(madeup.split(4)))
+    return run_folder.results_of(madeup.run(madeup.split(4)), "one caption per image")
 
 
 # ---- the model card
@@ -56,6 +57,20 @@ def test_a_model_card_names_what_the_model_was_made_of_if_the_hub_knows_it(resul
     assert data.eval_results[0].dataset_name == 'a: "source" # with --- signs'
     results["model"]["encoder"] = str(tmp_path)
     assert str(tmp_path) not in run_folder.model_card(results, "x")
+
+
+def test_captions_are_written_in_their_own_letters(tmp_path):
+    split = madeup.split(4)
+    captions = dict.fromkeys(split.image_id, "Квадрат слева, 左")
+    run_folder.write(tmp_path, madeup.run(split, predictions=captions), split)
+    assert (tmp_path / "predictions_test.json").read_text(encoding="utf-8").count("Квадрат слева, 左") == 4
+
+
+def test_the_protocol_is_that_of_the_references_language(tmp_path):
+    split = Split(madeup.split(4).rows.map(lambda row: {"captions": ["红色的圆。", "圆"]}, load_from_cache_file=False))
+    run_folder.write(tmp_path, madeup.run(split, predictions=dict.fromkeys(split.image_id, "红色的圆")), split)
+    for file in ("README.md", "report.html", "results.json"):
+        assert "characters as words, for a language without spaces" in (tmp_path / file).read_text(encoding="utf-8")
 
 
 # ---- while it trains

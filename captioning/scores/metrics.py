@@ -5,7 +5,8 @@
 
 BLEU-1..4, ROUGE-L and CIDEr-D follow the official COCO caption evaluation (pycocoevalcap), its tokenizer included,
 without Java: equal to it within floating-point rounding. ROUGE-1, ROUGE-2 and ROUGE-Lsum are those of the `rouge_score`
-package. Importing this module is cheap (no torch, no numpy).
+package. Where the references are not in English, words are those of `words.choose`, and `protocol` says so. Importing
+this module is cheap (no torch, no numpy).
 
 Each score has a file with its formula and its paper. A new one is computed in `coco_scores` and named in `names`.
 """
@@ -13,7 +14,7 @@ Each score has a file with its formula and its paper. A new one is computed in `
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cache
 from typing import Any, Literal, overload
 
@@ -22,14 +23,25 @@ from captioning.scores.bleu import bleu
 from captioning.scores.cider import InverseDocumentFrequencies, cider_d
 from captioning.scores.names import ROUGE_KEYS
 from captioning.scores.ngrams import NgramCounter
-from captioning.scores.ptb import tokenize
 from captioning.scores.rouge import rouge_l, rouge_score
+from captioning.scores.words import ENGLISH, Words, choose
 
-PROTOCOL = (
-    "one caption per image against all of its references; BLEU-1..4, ROUGE-L and CIDEr-D as in the official "
-    "COCO caption evaluation (PTB tokenisation, punctuation removed); ROUGE-1, ROUGE-2 and ROUGE-Lsum as in "
-    "rouge_score, best over the references"
-)
+
+def protocol(references: Iterable[Sequence[str]]) -> str:
+    """What the scores against these references are, in one sentence.
+
+    Args:
+        references: the captions of each image.
+    """
+    return _protocol(_words(references))
+
+
+def _protocol(words: Words) -> str:
+    return f"one caption per image against all of its references; {words.protocol}, best over the references"
+
+
+def _words(references: Iterable[Sequence[str]]) -> Words:
+    return choose(caption for captions in references for caption in captions)
 
 
 @overload
@@ -78,6 +90,8 @@ def coco_scores(
         rouge_1, rouge_2, rouge_lsum  0..1  what `rouge_score` gives on the raw strings without stemming
                                (use_stemmer=False): best F-measure over the references, mean over images.
 
+        What a word is depends on the language of the references, see `protocol`.
+
         Everything is 0 for an empty set.
 
     Raises:
@@ -85,10 +99,11 @@ def coco_scores(
     """
     _check(predictions, references)
     ids = list(references)
+    words = _words(references.values())
     # Each dict in its own order, as in the official code: what follows a caption can matter to the tokenizer.
-    token_of = dict(zip(predictions, tokenize(predictions.values()), strict=True))
+    token_of = dict(zip(predictions, words.tokenize(predictions.values()), strict=True))
     tokens = [token_of[i] for i in ids]
-    flat = iter(tokenize([caption for captions in references.values() for caption in captions]))
+    flat = iter(words.tokenize([caption for captions in references.values() for caption in captions]))
     reference_tokens = [[next(flat) for _ in captions] for captions in references.values()]
     counter = NgramCounter()
     ngrams = list(map(counter.count, tokens))
@@ -99,7 +114,7 @@ def coco_scores(
     each["rouge_l"] = list(map(rouge_l, tokens, reference_tokens))
     each["cider_d"] = cider_d(ngrams, reference_ngrams, InverseDocumentFrequencies(reference_ngrams))
     if rouge:
-        rows = [rouge_score(predictions[i], references[i]) for i in ids]
+        rows = [rouge_score(predictions[i], references[i], words.split) for i in ids]
         each |= {key: [row[k] for row in rows] for k, key in enumerate(ROUGE_KEYS)}
 
     # BLEU of the corpus is not the mean over its images.
@@ -167,7 +182,7 @@ def _coco_caption_metric() -> type:
 
         def _info(self) -> evaluate.MetricInfo:
             return evaluate.MetricInfo(
-                description=PROTOCOL,
+                description=_protocol(ENGLISH),
                 citation="",
                 inputs_description="predictions: one caption per image; references: its captions.",
                 features=Features({"predictions": Value("string"), "references": List(Value("string"))}),

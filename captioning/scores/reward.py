@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 
 from captioning.scores.cider import InverseDocumentFrequencies, cider_d
 from captioning.scores.ngrams import NgramCounter, Ngrams
-from captioning.scores.ptb import tokenize
+from captioning.scores.words import choose
 
 END = " </s>"  # no word of any caption: the tokenizer would split it
 
@@ -23,7 +23,9 @@ class CiderReward:
     """
 
     def __init__(self, references: Mapping[int, Sequence[str]]):
-        tokenized = iter(tokenize([caption for captions in references.values() for caption in captions]))
+        every = [caption for captions in references.values() for caption in captions]
+        self._words = choose(every)  # as in the evaluation
+        tokenized = iter(self._words.tokenize(every))
         self._references = {i: [next(tokenized) + END for _ in captions] for i, captions in references.items()}
         self._counter = NgramCounter()
         self._idf = InverseDocumentFrequencies(map(self._count, self._references.values()))
@@ -38,7 +40,7 @@ class CiderReward:
         Returns:
             CIDEr-D of each caption, 0 to 10.
         """
-        texts = [text + END * end for text, end in zip(tokenize(captions), ended, strict=True)]
+        texts = [text + END * end for text, end in zip(self._words.tokenize(captions), ended, strict=True)]
         references = {i: self._count(self._references[i]) for i in set(image_ids)}
         return cider_d(self._count(texts), [references[i] for i in image_ids], self._idf)
 

@@ -1,15 +1,18 @@
 """ROUGE (Lin, 2004, https://aclanthology.org/W04-1013) in two kinds.
 
 * `rouge_l`: as in the official COCO caption evaluation, on tokenised captions.
-* `rouge_score`: ROUGE-1, ROUGE-2 and ROUGE-Lsum as in the `rouge_score` package, on raw captions.
+* `rouge_score`: ROUGE-1, ROUGE-2 and ROUGE-Lsum as in the `rouge_score` package, on raw captions. Its words are runs of
+  a-z and 0-9; captions in other languages bring words of their own.
 """
 
 from __future__ import annotations
 
-import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import pairwise
+from types import SimpleNamespace
+
+from captioning.scores.words import ascii_words
 
 BETA = 1.2  # of the official ROUGE-L: how much more recall counts than precision
 
@@ -34,8 +37,12 @@ def rouge_l(caption: str, references: Sequence[str]) -> float:
     return (1 + BETA**2) * precision * recall / (recall + BETA**2 * precision)
 
 
-def rouge_score(caption: str, references: Sequence[str]) -> tuple[float, float, float]:
+def rouge_score(
+    caption: str, references: Sequence[str], split: Callable[[str], list[str]] = ascii_words
+) -> tuple[float, float, float]:
     """(rouge1, rouge2, rougeLsum) as `rouge_score.rouge_scorer.RougeScorer(...).score_multi` gives them.
+
+    `split` cuts a text into words; by default as the package does.
 
     Each is the best F score over the references, without stemming. They are computed here because the package takes
     seconds where this takes tenths. The package itself is called for captions of several lines, where ROUGE-Lsum is
@@ -44,14 +51,14 @@ def rouge_score(caption: str, references: Sequence[str]) -> tuple[float, float, 
     if any("\n" in text for text in (caption, *references)):
         from rouge_score.rouge_scorer import RougeScorer
 
-        scorer = RougeScorer(["rouge1", "rouge2", "rougeLsum"], use_stemmer=False)
+        scorer = RougeScorer(["rouge1", "rouge2", "rougeLsum"], tokenizer=SimpleNamespace(tokenize=split))
         best = scorer.score_multi(references, caption)
         return float(best["rouge1"].fmeasure), float(best["rouge2"].fmeasure), float(best["rougeLsum"].fmeasure)
-    words, ones, twos = _rouge_words(caption)
+    words, ones, twos = _counted(split(caption))
     positions = _positions(words)
     best_1 = best_2 = best_l = 0.0
     for reference in references:
-        other_words, other_ones, other_twos = _rouge_words(reference)
+        other_words, other_ones, other_twos = _counted(split(reference))
         size, other_size = len(words), len(other_words)
         best_1 = max(best_1, _f_score((ones & other_ones).total(), size, other_size))
         best_2 = max(best_2, _f_score((twos & other_twos).total(), size - 1, other_size - 1))
@@ -59,9 +66,8 @@ def rouge_score(caption: str, references: Sequence[str]) -> tuple[float, float, 
     return best_1, best_2, best_l
 
 
-def _rouge_words(text: str) -> tuple[list[str], Counter[str], Counter[tuple[str, str]]]:
-    """The words of `rouge_score` (lower case, runs of a-z and 0-9), and the counts of its 1- and 2-grams."""
-    words = re.findall(r"[a-z0-9]+", text.lower())
+def _counted(words: list[str]) -> tuple[list[str], Counter[str], Counter[tuple[str, str]]]:
+    """The words, and the counts of their 1- and 2-grams."""
     return words, Counter(words), Counter(pairwise(words))
 
 

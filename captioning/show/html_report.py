@@ -19,8 +19,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import jinja2
 from PIL import Image
 
-from captioning.scores import metrics, ptb
+from captioning import cli
+from captioning.scores import metrics, monotony
 from captioning.scores.names import BRIEF_KEYS, SCORE_NAMES
+from captioning.scores.words import choose
 from captioning.show import wording
 from captioning.show.curves import draw_curves
 
@@ -32,7 +34,6 @@ LONGEST = 20  # words; longer captions share a row
 FREQUENT = 10  # captions, and words that the model never says
 PICTURE_SIDE = 360  # pixels; about 20 kB each
 BAR_WIDTH = 5.5  # rem, of the longest bar
-OFTEN = 0.25  # share of the images with one and the same caption from which the page warns
 
 # Of the Trainer's settings, those that a run is judged by; results.json holds them all.
 SETTINGS = (
@@ -96,7 +97,7 @@ def report_page(
 def _template() -> jinja2.Template:
     def printable(value: Any) -> str:
         """`value` without the characters that control a terminal or turn the writing round."""
-        return "".join(char if char.isprintable() or char in "\u200c\u200d" else " " for char in str(value))
+        return "".join(char if char.isprintable() or char in cli.JOINERS else " " for char in str(value))
 
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent),
@@ -175,7 +176,8 @@ def _speech(predictions: Mapping[int, str], references: Mapping[int, Sequence[st
         "firsts": [captions[0] for captions in references.values()],
         "all": [caption for captions in references.values() for caption in captions],
     }
-    words = {name: [text.split() for text in ptb.tokenize(captions)] for name, captions in texts.items()}
+    tokenize = choose(texts["all"]).tokenize  # as they were scored
+    words = {name: [text.split() for text in tokenize(captions)] for name, captions in texts.items()}
     labels = ["captions", "words, mean", "words, shortest to longest", "different words", "captions that differ"]
     columns = [_overview(texts[name], words[name]) for name in texts]
 
@@ -195,7 +197,7 @@ def _speech(predictions: Mapping[int, str], references: Mapping[int, Sequence[st
         "different": len(count),
         "frequent": [(caption, f"{times:,}", _percent(times / images, 1)) for caption, times in frequent],
         "top_share": _percent(share),
-        "warn": share >= OFTEN and images > 1,
+        "warning": monotony.warning(list(predictions.values()), [references[i] for i in predictions]),
         "lengths": _lengths([len(caption) for caption in words["said"]], [len(caption) for caption in words["all"]]),
     }
 

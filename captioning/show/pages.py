@@ -4,19 +4,23 @@
     draw_contact_sheet(kept, dropped, "preview.png", counts=(1500, 12))
     draw_explanation(picture, "a cat", [{"text": "a", "probability": 0.9, "attention": grid}, ...], "explanation.png")
 
-Each is written whole or not at all, and the same input gives the same bytes. `..._page` returns the picture itself.
+Each is written whole or not at all, and the same input gives the same bytes, but for letters that only fonts of the
+system have. `..._page` returns the picture itself.
 """
 
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
 
+from captioning.cli import JOINERS
 from captioning.files import replacing
+from captioning.show.fonts import Font
 
 if TYPE_CHECKING:
     from numpy.typing import ArrayLike
@@ -33,7 +37,7 @@ class Text(NamedTuple):
     """Lines of text in one font and colour."""
 
     lines: list[str]
-    font: ImageFont.FreeTypeFont
+    font: Font
     colour: str
 
 
@@ -71,7 +75,7 @@ def gallery_page(items: Sequence[Mapping[str, Any]], author: str = "a person", c
     """The picture of `draw_gallery`, RGB; fewer items than columns make wider cells."""
     columns = max(1, min(columns, len(items)))
     width = _cell_width(columns)
-    bold, plain = font(CAPTION_SIZE, bold=True), font(REFERENCE_SIZE)
+    bold, plain = Font(CAPTION_SIZE, bold=True), Font(REFERENCE_SIZE)
     cells = []
     for item in items:
         caption = wrap(item["caption"], bold, width, CAPTION_LINES) or ["(empty)"]
@@ -109,7 +113,7 @@ def contact_sheet_page(
 ) -> Image.Image:
     """The picture of `draw_contact_sheet`, RGB, PAGE_WIDTH wide."""
     width = _cell_width(columns)
-    bold, plain = font(CAPTION_SIZE, bold=True), font(REFERENCE_SIZE)
+    bold, plain = Font(CAPTION_SIZE, bold=True), Font(REFERENCE_SIZE)
 
     def section(name: str, items: Sequence[Mapping[str, Any]], count: int, texts: list[Text]) -> Section:
         shown = f"{len(items):,} of {count:,} images" if len(items) < count else f"{count:,} images"
@@ -138,7 +142,7 @@ def _cell_width(columns: int) -> int:
 def _sheet(sections: list[Section], columns: int) -> Image.Image:
     width = _cell_width(columns)
     height = width * 3 // 4  # of the box that a picture is fitted into; most photographs are 4:3
-    plain = font(REFERENCE_SIZE)
+    plain = Font(REFERENCE_SIZE)
     titled = any(cell.title for section in sections for cell in section.cells)
     box_top = _line_height(plain) + 4 if titled else 0
 
@@ -176,11 +180,11 @@ def _sheet(sections: list[Section], columns: int) -> Image.Image:
     for left, y, picture in pictures:
         draw.rectangle((left, y, left + width - 1, y + height - 1), BOX)
         if picture is None:
-            draw.text((left + width // 2, y + height // 2), "no picture", QUIET, plain, anchor="mm")
+            plain.draw(draw, (left + width // 2, y + height // 2), "no picture", QUIET, "mm")
         else:
             _paste_centred(page, fit(picture, width, height), (left, y), (width, height))
     for x, baseline, line, text in texts:
-        draw.text((x, baseline), line, text.colour, text.font, anchor="ls")
+        text.font.draw(draw, (x, baseline), line, text.colour)
     return page
 
 
@@ -221,7 +225,7 @@ def explanation_page(
         words: {"text": str, "probability": 0 to 1, "attention": floats (rows, columns)} each, in order.
         region: (left, top, right, bottom) of what the model saw, as fractions of the image.
     """
-    bold, plain, head = font(WORD_SIZE, bold=True), font(REFERENCE_SIZE), font(HEAD_SIZE, bold=True)
+    bold, plain, head = Font(WORD_SIZE, bold=True), Font(REFERENCE_SIZE), Font(HEAD_SIZE, bold=True)
     cells = len(words) + 1
     # About as wide as high, and the last row as full as can be.
     columns = min(range(3, 7), key=lambda n: -cells % n / cells + 0.5 * abs(math.log(n / math.sqrt(1.4 * cells))))
@@ -250,11 +254,11 @@ def explanation_page(
     draw = ImageDraw.Draw(page)
     y = MARGIN
     for line in lines:
-        draw.text((MARGIN, y), line, INK, head)
+        head.draw(draw, (MARGIN, y), line, INK, "la")
         y += _line_height(head)
     y += 8
     for line in legend:
-        draw.text((MARGIN, y), line, QUIET, plain)
+        plain.draw(draw, (MARGIN, y), line, QUIET, "la")
         y += _line_height(plain)
 
     for number, word in enumerate([None, *words]):
@@ -264,9 +268,9 @@ def explanation_page(
         _paste_centred(page, highlight(seen, word["attention"]) if word else whole, (x, y), (width, height))
         y += height + 6
         if word is None:
-            draw.text((x, y), "the image", QUIET, plain)
+            plain.draw(draw, (x, y), "the image", QUIET, "la")
             continue
-        draw.text((x, y), (wrap(word["text"], bold, width, 1) or ["(blank)"])[0], INK, bold)
+        bold.draw(draw, (x, y), (wrap(word["text"], bold, width, 1) or ["(blank)"])[0], INK, "la")
         y += _line_height(bold) + 4
         reserved = round(plain.getlength("100 %")) + 8
         middle = y + _line_height(plain) // 2
@@ -275,7 +279,7 @@ def explanation_page(
         filled = round((bar[2] - bar[0]) * min(1.0, max(0.0, word["probability"])))
         if filled:
             draw.rectangle((bar[0], bar[1], bar[0] + filled, bar[3]), BAR)
-        draw.text((x + width, y), f"{100 * word['probability']:.0f} %", QUIET, plain, anchor="ra")
+        plain.draw(draw, (x + width, y), f"{100 * word['probability']:.0f} %", QUIET, "ra")
     return page
 
 
@@ -331,10 +335,10 @@ def fit(picture: Image.Image, width: int, height: int) -> Image.Image:
     return picture.convert("RGB").resize(size, Image.Resampling.BICUBIC)
 
 
-def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) -> list[str]:
+def wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
     """Lines of `text`, each at most `width` pixels wide in `font`; what is cut off ends in an ellipsis."""
     # Control characters, line breaks and lone surrogates, which a font cannot draw, count as spaces.
-    text = "".join(c if c.isprintable() else " " for c in text[:2000])
+    text = "".join(c if c.isprintable() or c in JOINERS else " " for c in text[:2000])
     lines: list[str] = []
     line = ""
     for word in text.split():
@@ -351,6 +355,8 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) ->
             cut = 1
             while font.getlength(line[: cut + 1]) <= width:
                 cut += 1
+            while cut > 1 and unicodedata.category(line[cut])[0] == "M":  # a mark stays with its letter
+                cut -= 1
             lines.append(line[:cut])
             line = line[cut:]
     if line:
@@ -363,13 +369,5 @@ def wrap(text: str, font: ImageFont.FreeTypeFont, width: int, max_lines: int) ->
     return lines
 
 
-def font(size: int, bold: bool = False) -> ImageFont.FreeTypeFont:
-    """DejaVu Sans, `size` in pixels: it ships with matplotlib, so the pictures are the same everywhere."""
-    import matplotlib
-
-    path = Path(matplotlib.get_data_path(), "fonts", "ttf", "DejaVuSans-Bold.ttf" if bold else "DejaVuSans.ttf")
-    return ImageFont.truetype(path, size, layout_engine=ImageFont.Layout.BASIC)
-
-
-def _line_height(font: ImageFont.FreeTypeFont) -> int:
+def _line_height(font: Font) -> int:
     return sum(font.getmetrics())  # ascent + descent, pixels

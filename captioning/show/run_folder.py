@@ -7,7 +7,6 @@ Each file is written whole or not at all.
 
 from __future__ import annotations
 
-import json
 import math
 import platform
 import re
@@ -19,8 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
-from captioning.files import write_whole
-from captioning.scores.metrics import PROTOCOL
+from captioning.files import json_text, write_whole
+from captioning.scores import metrics
 from captioning.scores.names import SCORE_NAMES
 from captioning.show import wording
 from captioning.show.curves import draw_curves
@@ -55,9 +54,9 @@ class Run:
 def write(folder: Path, run: Run, test_split: Split) -> None:
     """Write every file but the model's into `folder`, which exists."""
     captions = [{"image_id": image_id, "caption": run.predictions[image_id]} for image_id in test_split.image_id]
-    write_whole(folder / "predictions_test.json", json.dumps(captions, indent=1) + "\n")  # COCO's results format
-    results = results_of(run)
-    write_whole(folder / "results.json", json.dumps(results, indent=2, default=str) + "\n")
+    write_whole(folder / "predictions_test.json", json_text(captions, indent=1) + "\n")  # COCO's results format
+    results = results_of(run, metrics.protocol(test_split.captions))
+    write_whole(folder / "results.json", json_text(results, indent=2, default=str) + "\n")
     write_whole(folder / "report.html", report_page(results, run.log_history, test_split, run.predictions))
     draw_curves(run.log_history, folder / "training_curves.png", run.kept)
     items = [
@@ -74,11 +73,11 @@ def write(folder: Path, run: Run, test_split: Split) -> None:
         log_pictures(folder, run.tensorboard, run.steps)
 
 
-def results_of(run: Run) -> dict[str, Any]:
-    """What `results.json` holds."""
+def results_of(run: Run, protocol: str) -> dict[str, Any]:
+    """What `results.json` holds; `protocol` says how it was scored."""
     images = run.description["images"]
     return {
-        "protocol": PROTOCOL,
+        "protocol": protocol,
         "checkpoint": f"best {run.settings['metric_for_best_model']} on validation" if run.kept else "last",
         "step": run.kept or run.steps,
         "validation": {"images": images["validation"], **run.validation},

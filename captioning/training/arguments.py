@@ -73,6 +73,12 @@ class Arguments:
         const=2,
         metavar="VARIANTS",
     )
+    mirror: bool = flag(
+        True,
+        MODEL,
+        "with --augment: mirror images too, unless a caption says left or right in one of the languages that "
+        "captioning/training/directions.py lists; --no-mirror for others",
+    )
     dropout: float | None = flag(None, MODEL, "of the decoder (default: its own, 0.1 for GPT-2)", metavar="RATE")
 
     encoder_lr: float | None = flag(None, RATES, "of the encoder when it is pretrained (default: 2e-5)", metavar="RATE")
@@ -104,6 +110,8 @@ class Arguments:
             raise InputError("--cache_features needs --freeze_encoder: features of a moving encoder cannot be kept")
         if self.augment and (self.augment < 0 or (self.augment < 2 and self.cache_features)):
             raise InputError(f"--augment {self.augment} is below 2 variants of each image")
+        if not self.mirror and not self.augment:
+            raise InputError("--no-mirror has no use without --augment, which alone mirrors images; leave it out")
         for name in ("encoder", "decoder"):
             if self.model_path and getattr(self, name):
                 raise InputError(f"--model_path brings its own {name}: leave --{name} out")
@@ -164,7 +172,7 @@ class Arguments:
             "self_critical_lr",
             "patience",
         )
-        return {name: getattr(self, name) for name in told}
+        return {name: getattr(self, name) for name in told} | {"mirror": self.mirror if self.augment else None}
 
 
 # ---- the Trainer's flags

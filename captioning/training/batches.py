@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import math
-import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image, ImageEnhance, ImageOps
 
 from captioning.model.packing import decoder_rows
 from captioning.model.parts import Pixels
+from captioning.training.directions import names_a_side
 
 
 class Collator:
@@ -53,7 +53,6 @@ class Collator:
 FILLER = -1  # an index without an image: the first row, without captions
 
 AUGMENTATION = 1  # raised whenever `augmented` changes, so that cached features of it are computed anew
-DIRECTIONS = re.compile(r"\b(left|right)", re.IGNORECASE)
 
 
 def augmented(image: Image.Image, rng: np.random.Generator, may_mirror: bool) -> Image.Image:
@@ -61,7 +60,7 @@ def augmented(image: Image.Image, rng: np.random.Generator, may_mirror: bool) ->
 
     A crop of 60 to 100 % of the area with an aspect ratio of 3:4 to 4:3 times the image's own, resized to the image's
     size (https://arxiv.org/abs/1409.4842, which crops far smaller), brightness, contrast and saturation changed by up
-    to a fifth, and, where no caption speaks of left or right, mirrored in half of the cases.
+    to a fifth, and, where it may be, mirrored in half of the cases.
     """
     width, height = image.size
     area, aspect = rng.uniform(0.6, 1), math.exp(rng.uniform(math.log(3 / 4), math.log(4 / 3)))
@@ -89,17 +88,19 @@ class CaptionDataset(torch.utils.data.Dataset):
         pixels: turns an RGB image into uint8 (3, height, width).
         augment: whether epochs after the first see random variants of the images.
         seed: of the variants.
+        mirror: whether a variant may be mirrored, if no caption of the image says left or right.
 
     Attributes:
         features: a frozen encoder's output for one or several variants, each (images, tokens, hidden size). Where there
             are some, they are given in turn instead of pixels.
     """
 
-    def __init__(self, split, pixels: Pixels, augment: bool = False, seed: int = 0):
+    def __init__(self, split, pixels: Pixels, augment: bool = False, seed: int = 0, mirror: bool = True):
         self.split = split
         self.pixels = pixels
         self.augment = augment
         self.seed = seed
+        self.mirror = mirror
         self.features: Sequence[np.ndarray] = ()
 
     def __len__(self) -> int:
@@ -123,8 +124,12 @@ class CaptionDataset(torch.utils.data.Dataset):
         image = self.split.image(index)
         if variant and self.augment:
             rng = np.random.default_rng((self.seed, variant, self.split.image_id[index]))
-            image = augmented(image, rng, not any(map(DIRECTIONS.search, self.split.captions[index])))
+            image = augmented(image, rng, self.may_mirror(self.split.captions[index]))
         return self.pixels(image)
+
+    def may_mirror(self, captions: Iterable[str]) -> bool:
+        """Whether an image with these captions may be mirrored."""
+        return self.mirror and not any(map(names_a_side, captions))
 
     def lengths(self) -> list[int]:
         """Tokens of all captions of each image."""

@@ -74,8 +74,8 @@ class FeatureCache:
         if self.precision != torch.float32:
             digest.update(str(self.precision).encode())
         if variant:
-            captions = list(dataset.split.captions)  # a caption that says "left" forbids to mirror its image
-            digest.update(json.dumps([AUGMENTATION, variant, dataset.seed, captions]).encode())
+            may_mirror = list(map(dataset.may_mirror, dataset.split.captions))
+            digest.update(json.dumps([AUGMENTATION, variant, dataset.seed, may_mirror]).encode())
         encoder = self.bundle.model.encoder
         digest.update(encoder.config.to_json_string().encode())
         digest.update(json.dumps(self.bundle.image_processor.to_dict(), sort_keys=True, default=str).encode())

@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from captioning import InputError, cli
 from captioning.cli import printable
+from captioning.scores import monotony
 from captioning.scores.names import BRIEF_KEYS, SCORE_NAMES
 
 SAMPLES = 3  # captions shown after each evaluation
@@ -27,6 +28,7 @@ class Progress(TrainerCallback):
 
     def __init__(self, trainer):
         self.trainer = trainer
+        self.warned = False
         self.training_bar = self.prediction_bar = None
         self.paused = 0.0  # when the evaluation began that is going on
 
@@ -100,6 +102,12 @@ class Progress(TrainerCallback):
             said = self.trainer.predictions
             samples = sorted(said)[:: max(1, len(said) // SAMPLES)][:SAMPLES]  # the same ones every time
             lines += [f"    image {image_id}: {printable(said[image_id])}" for image_id in samples]
+            # At first every model says the same of all images.
+            if not self.warned and 2 * state.global_step >= state.max_steps:
+                references = [self.trainer.references[image_id] for image_id in said]
+                if warning := monotony.warning(list(said.values()), references):
+                    lines.append(f"warning: {printable(warning)}")
+                    self.warned = True  # once; train.py says it again at the end, if it is still so
             tqdm.write("\n".join(lines), file=sys.stderr)  # at once: the bar is drawn again after it
 
 
