@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from captioning import InputError
+from captioning.files import write_whole
 
 ENCODER_PRESETS: dict[str, dict[str, Any]] = {
     # 64 patches of 8 px: 0.5 M parameters, for drawn scenes and tests.
@@ -204,6 +205,19 @@ def load_tokenizer(name: str | os.PathLike, what: str = "--decoder") -> PreTrain
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
+    """Write a tokenizer's files, so that transformers 4 reads them as well.
+
+    Version 5 has a new name for the class of a tokenizer that belongs to no model, and still knows the old one.
+    """
+    tokenizer.save_pretrained(folder)
+    path = Path(folder, "tokenizer_config.json")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_whole(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:
