@@ -88,11 +88,11 @@ class Hub(Server):
             "NO_PROXY": "127.0.0.1,localhost",
         }
 
-    def fetched(self, name: str, since: int = 0) -> set[str]:
-        """The files of a repository whose content was asked for, from the request number `since` on."""
+    def fetched(self, name: str, since: int = 0, until: int | None = None) -> set[str]:
+        """The files of a repository whose content was asked for in `self.requests[since:until]`."""
         prefix = f"/{name}/resolve/"
         found = set()
-        for request in self.requests[since:]:
+        for request in self.requests[since:until]:
             path = request.path.partition("?")[0]
             if request.method != "GET":
                 continue
