@@ -31,6 +31,7 @@ MOVED = {"gpt2": "openai-community/gpt2", "distilgpt2": "distilbert/distilgpt2"}
 VIT, GPT2, DISTILGPT2 = "google/vit-base-patch16-224-in21k", MOVED["gpt2"], MOVED["distilgpt2"]
 SWIN, DINOV2 = "microsoft/swin-base-patch4-window7-224-in22k", "facebook/dinov2-small"
 CLIP = "openai/clip-vit-base-patch16"
+CAPTIONER = "nlpconnect/vit-gpt2-image-captioning"
 WIDTH, HEADS, LAYERS = 32, 2, 2
 # What is there besides and never needed: reading it as weights fails.
 OTHER_FORMATS = ("tf_model.h5", "flax_model.msgpack", ".gitattributes", "README.md")
@@ -179,8 +180,9 @@ def _elsewhere(headers: dict[str, object]) -> Route:
 
 
 def repositories() -> dict[str, Repository]:
-    """The default encoder and decoder, and the best-known others."""
-    return {VIT: vit(), GPT2: gpt2(), DISTILGPT2: distilgpt2(), SWIN: swin(), DINOV2: dinov2(), CLIP: clip()}
+    """The default encoder and decoder, the best-known others, and the best-known captioner."""
+    parts = {VIT: vit(), GPT2: gpt2(), DISTILGPT2: distilgpt2(), SWIN: swin(), DINOV2: dinov2(), CLIP: clip()}
+    return {**parts, CAPTIONER: captioner()}
 
 
 def vit() -> Repository:
@@ -534,6 +536,80 @@ def clip() -> Repository:
     return _repository(shapes, files, extra, unread=("pytorch_model.bin",))
 
 
+def captioner() -> Repository:
+    """A captioner of the same kind, pickled only, with the masks of old and without generation settings of its own."""
+    encoder, decoder = vit(), gpt2()
+    vocabulary, tokenizer = gpt2_tokenizer()
+    shapes = {f"encoder.{name}": tuple(tensor.shape) for name, tensor in encoder.tensors.items()}
+    shapes |= {f"decoder.{name}": shape for name, shape in _gpt2_shapes("transformer.", vocabulary).items()}
+    extra: dict[str, torch.Tensor] = {}
+    for layer in (f"decoder.transformer.h.{index}." for index in range(LAYERS)):
+        for part, columns in (("c_attn", 2 * WIDTH), ("q_attn", WIDTH), ("c_proj", WIDTH)):
+            shapes[f"{layer}crossattention.{part}.weight"] = (WIDTH, columns)
+            shapes[f"{layer}crossattention.{part}.bias"] = (columns,)
+        shapes |= _affine(f"{layer}ln_cross_attn", WIDTH)
+        for part in ("attn", "crossattention"):
+            extra[f"{layer}{part}.bias"] = torch.ones(1, 1, 128, 128).tril().to(torch.uint8)
+            extra[f"{layer}{part}.masked_bias"] = torch.tensor(-1e4)
+    of_old = {  # what each part's settings held of a generation's
+        "_name_or_path": "",
+        "bad_words_ids": None,
+        "diversity_penalty": 0.0,
+        "do_sample": False,
+        "early_stopping": False,
+        "length_penalty": 1.0,
+        "max_length": 20,
+        "min_length": 0,
+        "no_repeat_ngram_size": 0,
+        "num_beams": 1,
+        "repetition_penalty": 1.0,
+        "return_dict": True,
+        "temperature": 1.0,
+        "top_k": 50,
+        "torch_dtype": None,
+        "use_bfloat16": False,
+    }
+    end = vocabulary - 1
+    config = {
+        "architectures": ["VisionEncoderDecoderModel"],
+        "bos_token_id": end,
+        "decoder": {
+            **json.loads(decoder.files["config.json"]),
+            **of_old,
+            "add_cross_attention": True,
+            "decoder_start_token_id": end,
+            "is_decoder": True,
+            "pad_token_id": end,
+        },
+        "decoder_start_token_id": end,
+        "encoder": {**json.loads(encoder.files["config.json"]), **of_old},
+        "eos_token_id": end,
+        "is_encoder_decoder": True,
+        "model_type": "vision-encoder-decoder",
+        "pad_token_id": end,
+        "tie_word_embeddings": False,
+        "torch_dtype": "float32",
+        "transformers_version": None,
+    }
+    special = dict.fromkeys(("unk_token", "bos_token", "eos_token", "pad_token"), "<|endoftext|>")
+    files = {
+        "config.json": config,
+        "preprocessor_config.json": encoder.files["preprocessor_config.json"],
+        "special_tokens_map.json": special,
+        "tokenizer_config.json": {
+            **special,
+            "add_prefix_space": False,
+            "model_max_length": 1024,
+            "name_or_path": "gpt2",
+            "special_tokens_map_file": None,
+            "tokenizer_class": "GPT2Tokenizer",
+        },
+        **tokenizer,
+    }
+    tied = {"decoder.lm_head.weight": "decoder.transformer.wte.weight"}
+    return _repository(shapes, files, extra, tied, pickled=1)
+
+
 def gpt2_tokenizer() -> tuple[int, dict[str, bytes]]:
     """A byte-level BPE in the files that GPT-2's comes in, its end-of-text token the last; and how many it has."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -609,11 +685,16 @@ def _repository(
     if not pickled:
         contents["model.safetensors"] = safetensors.torch.save(tensors, {"format": "pt"})
         return Repository(tensors, contents)
-    names = {name: f"pytorch_model-{i % pickled + 1:05d}-of-{pickled:05d}.bin" for i, name in enumerate(tensors)}
+    if pickled == 1:
+        names = dict.fromkeys(tensors, "pytorch_model.bin")
+    else:
+        names = {name: f"pytorch_model-{i % pickled + 1:05d}-of-{pickled:05d}.bin" for i, name in enumerate(tensors)}
     for file in set(names.values()):
         stored = io.BytesIO()
         torch.save({name: tensors[name] for name in tensors if names[name] == file}, stored)
         contents[file] = stored.getvalue()
+    if pickled == 1:
+        return Repository(tensors, contents)
     size = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
     index = {"metadata": {"total_size": size}, "weight_map": names}
     contents["pytorch_model.bin.index.json"] = json.dumps(index, indent=2).encode()

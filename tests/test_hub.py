@@ -18,7 +18,22 @@ from coco import coco_folder, photographs
 from conftest import ROOT
 from forked import FORKS, Training
 from httpserver import reply
-from hub import CLIP, DINOV2, DISTILGPT2, GPT2, MOVED, SWIN, TOKENIZER_FILES, VIT, WORDS, Hub, ask, gated, repositories
+from hub import (
+    CAPTIONER,
+    CLIP,
+    DINOV2,
+    DISTILGPT2,
+    GPT2,
+    MOVED,
+    SWIN,
+    TOKENIZER_FILES,
+    VIT,
+    WORDS,
+    Hub,
+    ask,
+    gated,
+    repositories,
+)
 from huggingface_hub import ModelCard
 from PIL import Image
 from safetensors.torch import load_file
@@ -43,6 +58,13 @@ def coco(tmp_path_factory):
     photographs(root / "train2014", [f"COCO_train2014_{i:012d}.jpg" for i in range(1, 17)])
     photographs(root / "val2014", [f"COCO_val2014_{i:012d}.jpg" for i in range(17, 25)])
     return root
+
+
+def fork(script: str, arguments: list, environment: dict[str, str], folder: Path) -> tuple[int, str]:
+    """Run a script that asks the hub of an environment; its exit code, and what it said."""
+    log = folder / f"{script}.log"
+    process = Training(arguments, log, functools.partial(ask, environment), script=script)
+    return process.wait(), process.said()
 
 
 def arrived(name: str) -> dict[str, torch.Tensor]:
@@ -180,14 +202,26 @@ def test_every_weight_arrives(encoder, decoder, hub, with_hub, tmp_path):
     assert len(pickles) == (2 if encoder == SWIN else 0)
 
 
+def test_a_captioner_of_the_hub_captions_and_is_trained_on(hub, three_steps, tmp_path):
+    folder, start = three_steps[0], len(hub.requests)
+    environment = hub.environment(tmp_path / "home")
+    named = f"--model_path={CAPTIONER}"
+    code, said = fork("inference", ["--image_path", folder / "photo.jpg", named], environment, tmp_path)
+    assert code == 0, said
+    flags = [f"--data_path={folder / 'processed_data'}", f"--output_dir={tmp_path / 'run'}", "--max_steps=1"]
+    code, said = fork("train", [*flags, named, "--report_to=none"], environment, tmp_path)
+    assert code == 0, said
+    texts = {name for name in hub.repositories[CAPTIONER].files if name.endswith((".json", ".txt"))}
+    assert hub.fetched(CAPTIONER, start) == texts | {"pytorch_model.bin"}
+    stored = load_file(tmp_path / "run" / "model.safetensors")
+    masks_and_copies = re.compile(r"\.(attn|crossattention)\.(masked_)?bias$|lm_head")
+    wanted = {name: t for name, t in hub.repositories[CAPTIONER].tensors.items() if not masks_and_copies.search(name)}
+    assert stored.keys() == wanted.keys()
+    for name, tensor in wanted.items():
+        torch.testing.assert_close(stored[name], tensor, atol=2e-3, rtol=0)
+
+
 # ---- a hub that is not there, goes away, or refuses
-
-
-def fork(script: str, arguments: list, environment: dict[str, str], folder: Path) -> tuple[int, str]:
-    """Run a script that asks the hub of an environment; its exit code, and what it said."""
-    log = folder / f"{script}.log"
-    process = Training(arguments, log, functools.partial(ask, environment), script=script)
-    return process.wait(), process.said()
 
 
 def lines(said: str) -> list[str]:

@@ -169,7 +169,9 @@ Tried with transformers {TRIED_WITH}. Version 5 has no `pipeline("image-to-text"
 
 def is_hub_id(name: str) -> bool:
     """Whether an encoder or decoder was named by its id on the Hugging Face Hub, not by a preset or a folder."""
-    return (bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()) or name == "gpt2"
+    if Path(name).exists():
+        return False
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|(distil)?gpt2(-(medium|large|xl))?", name))
 
 
 def tensorboard_log(callbacks: Iterable[Any]) -> str | None:
