@@ -130,12 +130,12 @@ def prepare(args: Arguments, work: Path) -> str:
     # Model: its image size, its tokenizer
     from datasets.utils.logging import disable_progress_bar
 
-    from captioning.model import parts
+    from captioning.model import captioner, parts
 
     disable_progress_bar()
     parts.quiet_transformers()
-    parts.refuse_other_kinds(args.encoder, args.decoder)
     image_processor = parts.load_image_processor(args.encoder, whole=not args.center_crop)
+    captioner.check_parts(args.encoder, args.decoder, image_processor)
     tokenizer = None if args.decoder in parts.DECODER_PRESETS else parts.load_tokenizer(args.decoder)
     # Room for a random crop: 256 pixels for a model that sees 224.
     short_side = parts.stored_side(image_processor)

@@ -31,6 +31,7 @@ from captioning.cli import flag
 from captioning.files import write_whole
 
 if TYPE_CHECKING:
+    from captioning.data.folder import Split
     from captioning.model.captioner import Bundle
     from captioning.model.explain import Caption
 
@@ -201,8 +202,10 @@ def caption_images(args: Arguments) -> int:
     if len(paths) == 1 and failures:
         raise InputError(failures[0])
     if args.output:
-        lines = "".join(json_line(entry) + "\n" for entry in entries)
-        write_whole(args.output, lines if args.json else json.dumps(entries, indent=1, ensure_ascii=False) + "\n")
+        if args.json:
+            write_whole(args.output, "".join(json_line(entry) + "\n" for entry in entries))
+        else:
+            write_json(args.output, entries)
         cli.note(f"{done:,} captions written to {args.output}")
     if failures:
         cli.note(f"{len(failures):,} of {len(paths):,} images could not be captioned:")
@@ -372,30 +375,46 @@ def score(args: Arguments) -> int:
     splits, description = load_prepared(args.data_path)
     split = splits[args.split]
     references = dict(zip(split.image_id, split.captions, strict=True))
+    # Names of their own: the run folder's results.json and predictions_test.json stay what train.py wrote.
     if args.predictions:
         predictions = read_predictions(args.predictions, references)
         target = args.predictions.with_name(f"{args.predictions.stem}_scores_per_image.json")
     else:
-        from captioning.model.generate import caption_all
-
-        bundle = load_model(args)
-        pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
-        predictions = caption_all(bundle, pictures, len(split), args.split, args.batch_size)
-        results = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
+        predictions, settings = caption_split(split, args)
         folder = Path(args.model_path) if Path(args.model_path).is_dir() else Path()
-        file = args.output or folder / f"predictions_{args.split}.json"
-        write_whole(file, json.dumps(results, indent=1, ensure_ascii=False) + "\n")
+        file = args.output or folder / f"scored_{args.split}_predictions.json"
+        results = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
+        write_json(file, results)
         cli.note(f"captions written to {file}")
-        target = file.with_name(f"scores_per_image_{args.split}.json")
+        target = file.with_name(f"scored_{args.split}_per_image.json")
     scores, per_image = metrics.coco_scores(predictions, references, per_image=True)
-    content = [
-        {"image_id": image_id, "caption": predictions[image_id], **values} for image_id, values in per_image.items()
-    ]
-    write_whole(target, json.dumps(sorted(content, key=lambda row: row["cider_d"]), indent=1) + "\n")
+    each = [{"image_id": key, "caption": predictions[key], **values} for key, values in per_image.items()]
+    write_json(target, sorted(each, key=lambda row: row["cider_d"]))
     cli.note(f"scores of each image, the worst first, written to {target}")
+    if not args.predictions:
+        told = {"protocol": metrics.PROTOCOL, "split": args.split, "images": len(split), "data": description["source"]}
+        write_json(target.with_name(f"scored_{args.split}_results.json"), {**told, "decoding": settings, **scores})
     cli.note(f"{args.split} split, {len(split):,} images, {description['source']}; {metrics.PROTOCOL}")
     print("\n".join(f"{name:<12}{value:>10.4f}" for name, value in scores.items()))
     return 0
+
+
+def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[str, Any]]:
+    """The model's caption of each image of a split, by id, and the settings that it was generated with."""
+    from captioning.model import parts
+    from captioning.model.generate import caption_all
+
+    assert args.data_path is not None
+    bundle = load_model(args)
+    of_data = parts.load_image_processor(args.data_path, "--data_path")
+    parts.refuse_small_images(of_data, bundle.image_processor, args.data_path, args.model_path, args.model_path)
+    pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
+    predictions = caption_all(bundle, pictures, len(split), args.split, args.batch_size)
+    return predictions, bundle.model.generation_config.to_diff_dict()
+
+
+def write_json(file: Path, content: Any) -> None:
+    write_whole(file, json.dumps(content, indent=1, ensure_ascii=False) + "\n")
 
 
 def read_predictions(file: Path, references: dict[int, list[str]]) -> dict[int, str]:

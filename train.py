@@ -15,6 +15,7 @@ import bisect
 import contextlib
 import itertools
 import math
+import os
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -39,6 +40,8 @@ DEFAULT_MAX_LENGTH = 64  # of captions in folders that do not say
 
 def main(argv: list[str] | None = None) -> int:
     args, rest = arguments.read(argv)
+    if os.environ.get("RANK", "0") == "0":
+        cli.note(f"{args.data_path} -> {args.output_dir}; starting PyTorch")
     arguments.start_missing_processes(__file__, argv)
     training = arguments.training_arguments(args, rest)
     with resilience.explained(training), resilience.stoppable(training), only_run_in(args.output_dir, training):
@@ -66,14 +69,21 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
     set_seed(training.seed)
     bundle, new, names = open_captioner(args, description)
     splits = in_tokens_of(bundle.tokenizer, splits, description, say)
-    frozen = args.freeze_encoder >= training.num_train_epochs
+    length = arguments.length(training, len(splits["train"]))
+    frozen = length.updates(max(args.freeze_encoder, args.cross_attention_epochs)) >= length.total
     configure(bundle.model, args, training, frozen)
     limit_length(bundle, splits, training.generation_max_length, args.data_path, names["decoder"], say)
+    if not new and training.learning_rate != arguments.DEFAULTS["learning_rate"]:
+        raise InputError(
+            "--learning_rate is for parts that start from random weights, and here none does; give --encoder_lr, "
+            "--decoder_lr and --cross_attention_lr"
+        )
     rates = learning_rates(args, training.learning_rate, bundle.model, new)
     every, trained = captioner.count_parameters(bundle.model)
     say(f"model: {' -> '.join(names.values())}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
     used = {part: rate for part, rate in rates.items() if not (part == "encoder" and frozen)}
     say("learning rates: " + ", ".join(f"{part} {rate:g}" for part, rate in used.items()))
+    say(when(args, length))
 
     # Batches
     datasets = {
@@ -174,6 +184,7 @@ def open_captioner(
                 f"made for '{description['decoder']}'; run dataloader.py with --decoder '{names['decoder']}'"
             )
     model, new = captioner.assemble(names["encoder"], names["decoder"], tokenizer)
+    captioner.refuse_misfit(model.encoder, image_processor, f"--encoder '{names['encoder']}'")
     return captioner.Bundle(model, tokenizer, image_processor), new, names
 
 
@@ -249,6 +260,19 @@ def learning_rates(
     return {part: getattr(args, f"{part}_lr") or (base if part in fresh else gentle[part]) for part in PARTS}
 
 
+def when(args: arguments.Arguments, length: arguments.Length) -> str:
+    """One line on which updates train what."""
+    line = f"updates: {length.total:,}, {length.per_epoch:,} an epoch"
+    waits = {"encoder": max(args.freeze_encoder, args.cross_attention_epochs), "decoder": args.cross_attention_epochs}
+    for part, epochs in waits.items():
+        begin = length.updates(epochs)
+        if begin:
+            line += f"; the {part} " + ("stays as it is" if begin == length.total else f"moves after update {begin:,}")
+    if args.self_critical_epochs:
+        line += f"; self-critical after update {length.total - length.updates(args.self_critical_epochs):,}"
+    return line
+
+
 def precision(training: Seq2SeqTrainingArguments) -> torch.dtype:
     """What matrix products are computed in."""
     import torch
@@ -269,6 +293,7 @@ def cache_features(
     bundle.to(training.device)
     folder, batch_size = args.data_path / ".features", training.per_device_eval_batch_size
     cache = FeatureCache(bundle, folder, batch_size, say, precision(training))
+    say(f"features: comparing images and encoder with what lies in {folder}")
     for name, dataset in datasets.items():
         with training.main_process_first(desc="features"):
             variants = range(args.augment if dataset.augment else 1)
@@ -284,13 +309,11 @@ def make_trainer(
     say: Say,
 ) -> CaptionTrainer:
     """The trainer, and a line on each thing that was decided for it."""
-    from transformers import EarlyStoppingCallback
-
     from captioning.model.packing import can_pack
     from captioning.scores.reward import CiderReward
     from captioning.training.batches import Collator, LengthSampler
     from captioning.training.self_critical import SelfCritical
-    from captioning.training.trainer import CaptionTrainer
+    from captioning.training.trainer import CaptionTrainer, Patience
 
     references = {name: dict(zip(d.split.image_id, d.split.captions, strict=True)) for name, d in datasets.items()}
     packed = args.packing and can_pack(bundle.model)
@@ -306,8 +329,13 @@ def make_trainer(
         f"captions {'packed per image' if packed else 'one per row'}"
     )
     if packed and training.train_sampling_strategy == "group_by_length":
-        sampler = LengthSampler(datasets["train"].lengths(), training.train_batch_size, training.seed)
-        say(f"padding: {sampler.padding():.1%} of the decoder's positions, sorting within {sampler.window} batches")
+        sampler = LengthSampler(
+            datasets["train"].lengths(),
+            training.train_batch_size * training.world_size,
+            training.seed,
+            accumulation=training.gradient_accumulation_steps,
+        )
+        say(f"padding: {sampler.padding():.1%} of the decoder's positions, sorting within {sampler.window} updates")
     self_critical = None
     if args.self_critical_epochs:
         reward = CiderReward(references["train"])
@@ -329,7 +357,7 @@ def make_trainer(
         eval_dataset=datasets["validation"],
     )
     if args.patience:
-        trainer.add_callback(EarlyStoppingCallback(args.patience))
+        trainer.add_callback(Patience(args.patience, trainer))
     return trainer
 
 

@@ -230,6 +230,42 @@ def note(message: str) -> None:
     print(message, file=sys.stderr, flush=True)
 
 
+LINES_EVERY = 30.0  # seconds between two lines of a bar in a file
+
+
+def bar(**options: Any) -> Any:
+    """A `tqdm` progress bar on stderr, with the rate and what remains; in a file a line now and then.
+
+    Args:
+        options: of `tqdm`: total, unit, desc, initial, disable, leave.
+    """
+    from tqdm import tqdm
+
+    if sys.stderr.isatty():
+        return tqdm(file=sys.stderr, dynamic_ncols=True, **options)
+
+    class Lines(tqdm):
+        def moveto(self, n: int) -> None:
+            """Nowhere: a file has no cursor."""
+
+        @staticmethod
+        def status_printer(file):
+            begun = False
+
+            def show(status: str) -> None:
+                nonlocal begun
+                if status.strip():
+                    file.write(("\n" if begun else "") + status)
+                elif begun:
+                    file.write("\n")
+                begun = bool(status.strip())
+                file.flush()
+
+            return show
+
+    return Lines(file=sys.stderr, mininterval=LINES_EVERY, ncols=100, **options)
+
+
 def run(main: Callable[[], int | None]) -> None:
     """Call a script's `main` and exit: 2 with one sentence for bad input, 130 for Ctrl-C.
 

@@ -164,3 +164,47 @@ def test_only_images_whose_captions_name_no_side_are_mirrored():
         assert batches.DIRECTIONS.search(caption)
     for caption in ("a bright light", "cleft", "upright"):
         assert not batches.DIRECTIONS.search(caption)
+
+
+def test_images_in_their_order_are_augmented_too():
+    sampler = batches.LengthSampler([3, 1, 2], 2, seed=0, shuffle=False)
+    sampler.set_epoch(2)
+    assert list(sampler) == [6, 7, 8], "the third epoch's variants, in the images' order"
+
+
+def test_an_update_is_the_same_however_it_is_cut_into_batches():
+    rng = np.random.default_rng(3)
+    lengths = rng.integers(8, 90, 203).tolist()
+    updates = []
+    for batch_size, accumulation in ((16, 1), (8, 2), (4, 4), (2, 8)):
+        sampler = batches.LengthSampler(lengths, batch_size, seed=5, accumulation=accumulation)
+        sampler.set_epoch(1)
+        order = list(sampler)
+        updates.append([set(order[start : start + 16]) for start in range(0, len(order), 16)])
+    assert all(other == updates[0] for other in updates[1:])
+
+
+def test_the_images_that_fill_no_update_are_not_the_longest():
+    lengths = list(range(1, 104))  # 6 whole updates of 16, and 7 images
+    sampler = batches.LengthSampler(lengths, 16, seed=0)
+    assert sampler.window > 1
+    last = []
+    for epoch in range(200):
+        sampler.set_epoch(epoch)
+        last += [lengths[index % 103] for index in list(sampler)[-7:]]
+    assert np.mean(last) == pytest.approx(np.mean(lengths), rel=0.05)
+
+
+def test_an_epoch_can_end_with_a_whole_batch(prepared):
+    sampler = batches.LengthSampler([4] * 10, 6, seed=0, fill=True)
+    order = list(sampler)
+    assert len(order) == len(sampler) == 12 and order[10:] == [batches.FILLER] * 2
+    assert sorted(order[:10]) == list(range(10))
+    split = folder.load_prepared(prepared)[0]["train"].select(range(3))
+    dataset = batches.CaptionDataset(split, parts.Pixels(parts.load_image_processor(prepared)))
+    for packed in (True, False):
+        collate = batches.Collator(start_token_id=0, pad_token_id=0, packed=packed)
+        filled, plain = collate([dataset[1], dataset[batches.FILLER]]), collate([dataset[1]])
+        assert torch.equal(filled["labels"][filled["labels"] != -100], plain["labels"][plain["labels"] != -100])
+        alone = collate([dataset[batches.FILLER]] * 2)
+        assert len(alone["label_positions"]) == 0 and alone["labels"].shape[1] == 1

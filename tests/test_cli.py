@@ -134,3 +134,18 @@ def test_an_old_python_gets_one_sentence():
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert done.stderr == "Python 3.10 is too old; make the environment with 3.11 or newer\n"
+
+
+def test_a_bar_in_a_file_is_a_few_whole_lines(monkeypatch, capfd):
+    with cli.bar(total=1000, unit="image", desc="captions") as bar:
+        for _ in range(1000):
+            bar.update()
+    said = capfd.readouterr().err
+    lines = [line for line in said.splitlines() if line]
+    assert len(lines) <= 2 and "\r" not in said
+    assert lines[-1].startswith("captions: 100%") and "1000/1000" in lines[-1] and "image/s" in lines[-1]
+    monkeypatch.setattr(cli, "LINES_EVERY", 0.0)
+    with cli.bar(total=3, unit="image", desc="captions") as bar:
+        for _ in range(3):
+            bar.update()
+    assert capfd.readouterr().err.count("captions:") >= 3

@@ -2,18 +2,20 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import zlib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, script
+from conftest import ROOT, contents, script
 from datasets import load_from_disk
 from httpserver import Server, body, status
 from PIL import Image
 
 import inference
+import train
 from captioning import InputError
 from captioning.scores.metrics import coco_scores
 
@@ -292,9 +294,45 @@ def test_a_run_folder_is_scored_on_a_split(trained, prepared, tmp_path, capsys):
     assert "official COCO" in captured.err and "test split, 120 images" in captured.err
     predictions = json.loads(output.read_text())
     assert predictions == json.loads((trained / "predictions_test.json").read_text())
-    per_image = json.loads((tmp_path / "scores_per_image_test.json").read_text())
+    per_image = json.loads((tmp_path / "scored_test_per_image.json").read_text())
     assert len(per_image) == 120
     assert per_image[0]["cider_d"] <= per_image[-1]["cider_d"]
+
+
+def test_scores_in_bfloat16_with_cached_features_are_those_of_the_run_folder(few, tmp_path, capsys):
+    """Training may be less exact. What results.json tells is what inference.py computes, to the last digit."""
+    folder = tmp_path / "run"
+    flags = ["--bf16=True", "--freeze_encoder", "--cache_features", "--epochs=2", "--per_device_train_batch_size=8"]
+    train.main([f"--data_path={few}", f"--output_dir={folder}", "--use_cpu", "--dataloader_num_workers=0", *flags])
+    results = json.loads((folder / "results.json").read_text())
+    for split in ("validation", "test"):
+        assert inference.main([f"--model_path={folder}", f"--data_path={few}", f"--split={split}", "--device=cpu"]) == 0
+        scored = json.loads((folder / f"scored_{split}_results.json").read_text())
+        assert {name: scored[name] for name in results[split] if name not in ("loss", "images")} == {
+            name: value for name, value in results[split].items() if name not in ("loss", "images")
+        }
+    captions = json.loads((folder / "scored_test_predictions.json").read_text())
+    assert captions == json.loads((folder / "predictions_test.json").read_text())
+    assert "bfloat16" in capsys.readouterr().err
+
+
+def test_a_photo_needs_no_flag(run, pictures, trained):
+    code, out, _ = run(pictures / "rgb.jpg")
+    assert code == 0 and out == run("--image_path", pictures / "rgb.jpg")[1] != ""
+    assert run(pictures / "rgb.jpg", pictures / "grey.jpg", "--json")[1].count("\n") == 2
+
+
+def test_scoring_leaves_the_run_folder_s_results_as_they_are(trained, prepared, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(trained, folder)
+    before = contents(folder)
+    assert inference.main([f"--model_path={folder}", f"--data_path={prepared}", "--num_beams=1", "--device=cpu"]) == 0
+    after = contents(folder)
+    assert {name: after[name] for name in before} == before
+    new = {Path(name).name: json.loads(after[name]) for name in after.keys() - before.keys()}
+    assert set(new) == {f"scored_test_{name}.json" for name in ("predictions", "per_image", "results")}
+    results = new["scored_test_results.json"]
+    assert results["decoding"]["num_beams"] == 1 and results["images"] == 120 and 0 < results["bleu_1"] <= 1
 
 
 def test_anybodys_captions_are_scored(prepared, tmp_path, capsys):

@@ -1,4 +1,4 @@
-"""captioning.scores.metrics against the official evaluation's scores, rouge_score, and what must always hold."""
+"""Scores against the official evaluation's scores, rouge_score, and what must always hold."""
 
 import importlib.util
 import json
@@ -14,8 +14,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captioning import InputError
-from captioning.scores import metrics
-from captioning.scores.metrics import COCO_KEYS, ROUGE_KEYS, coco_scores
+from captioning.scores.bleu import bleu
+from captioning.scores.cider import InverseDocumentFrequencies, cider_d
+from captioning.scores.metrics import coco_scores
+from captioning.scores.names import COCO_KEYS, ROUGE_KEYS, SCORE_NAMES
+from captioning.scores.ngrams import NgramCounter
 from captioning.scores.reward import CiderReward
 
 sys.path.insert(0, str(Path(__file__).resolve().parent / "golden"))
@@ -193,9 +196,45 @@ def test_evaluate_metric(monkeypatch, tmp_path):
 
 def test_importing_is_cheap():
     slow = {"torch", "evaluate", "datasets", "numpy", "rouge_score"}
-    code = f"import sys, captioning.metrics; print({slow} & {{*sys.modules}})"
+    code = f"import sys, captioning.scores.metrics; print({slow} & {{*sys.modules}})"
     output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert output.stdout == "set()\n"
+
+
+def test_ngrams_are_counted_with_their_repetitions():
+    counter = NgramCounter()
+    ngrams, again, empty = map(counter.count, ["a dog and a dog", "dog a", ""])
+    assert ngrams.length == 5
+    assert [sorted(counts.values()) for counts in ngrams.counts] == [[1, 2, 2], [1, 1, 2], [1, 1, 1], [1, 1]]
+    assert len(ngrams.counts[0].keys() & again.counts[0].keys()) == 2
+    assert not ngrams.counts[1].keys() & again.counts[1].keys()
+    assert empty.length == 0
+    assert empty.counts == [{}, {}, {}, {}]
+
+
+def test_ngrams_of_different_counters_are_not_compared():
+    """Each counter numbers words from 1: "a cat" and "a dog" would be the same n-grams."""
+    cat, dog = NgramCounter().count("a cat"), NgramCounter().count("a dog")
+    assert cat.counts == dog.counts
+    for compare in (
+        lambda: bleu([cat], [[dog]]),
+        lambda: cider_d([cat], [[cat]], InverseDocumentFrequencies([[dog]])),
+        lambda: InverseDocumentFrequencies([[cat], [dog]]),
+    ):
+        with pytest.raises(ValueError, match="count all captions with one NgramCounter"):
+            compare()
+
+
+def test_every_score_has_a_name():
+    assert set(coco_scores({1: "a"}, {1: ["a"]})) <= set(SCORE_NAMES)
+
+
+def test_cider_d_by_hand():
+    """Two images, one word each: of all n-grams only the 1-gram "dog" of the first image is shared."""
+    counter = NgramCounter()
+    references = [[counter.count("dog")], [counter.count("cat")]]
+    scores = cider_d([counter.count("dog"), counter.count("dog")], references, InverseDocumentFrequencies(references))
+    assert scores == [10 / 4, 0]  # the cosine is 1 for n = 1, and 0 for n = 2, 3, 4
 
 
 def test_the_reward_is_cider_d_with_the_document_frequencies_of_all_training_images(monkeypatch):
@@ -207,7 +246,7 @@ def test_the_reward_is_cider_d_with_the_document_frequencies_of_all_training_ima
     candidates = {1: "a dog is running", 2: "two cats on a sofa", 3: "a brown horse"}
     monkeypatch.setattr("captioning.scores.reward.END", "")
     reward = CiderReward(references)
-    _, official = metrics.coco_scores(candidates, references, per_image=True)
+    _, official = coco_scores(candidates, references, per_image=True)
     together = reward(list(candidates), list(candidates.values()), [True] * 3)
     assert together == pytest.approx([official[i]["cider_d"] for i in candidates], abs=1e-12)
     # Several captions of one image, in any order, each scored by itself.

@@ -16,7 +16,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT
+from conftest import ROOT, contents
+from datasets import load_from_disk
 from forked import FORKS, Training, several
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -342,6 +343,21 @@ def test_a_run_of_half_an_epoch_is_not_trained_further_when_resumed(few, tmp_pat
     assert (folder / "model.safetensors").read_bytes() == before
 
 
+@pytest.mark.parametrize(
+    ("changed", "reason"),
+    [(["--freeze_encoder"], "other parts being trained"), (["--data_path"], "with other data")],
+    ids=["frozen encoder", "other data"],
+)
+def test_a_run_goes_on_as_it_began_or_not_at_all(changed, reason, undisturbed, few, prepared, tmp_path):
+    folder = tmp_path / "run"
+    shutil.copytree(undisturbed, folder)
+    more = [f"--data_path={prepared}"] if changed == ["--data_path"] else changed
+    before = contents(folder)
+    with pytest.raises(InputError, match=rf"{reason}.*; start a new one from it with --model_path '.*checkpoint-9'"):
+        train.main([*arguments(few, folder, "--epochs=5", "--resume_from_checkpoint=auto"), *more])
+    assert contents(folder) == before
+
+
 # ---- one run for one folder
 
 
@@ -537,25 +553,31 @@ def without_dropout():
     """Each process draws its own dropout, which would hide whether all else is the same."""
     from captioning.model import captioner
 
-    build = captioner.build
+    assemble = captioner.assemble
 
-    def built(*args):
-        net = build(*args)
+    def assembled(*args):
+        net, new = assemble(*args)
         for module in net.modules():
             if isinstance(module, torch.nn.Dropout):
                 module.p = 0.0
-        return net
+        return net, new
 
-    captioner.build = built
+    captioner.assemble = assembled
 
 
 def test_one_two_and_three_processes_train_to_the_same_weights_and_scores(few, tmp_path):
+    """23 images: no number of processes above one can share them evenly."""
+    splits = load_from_disk(str(few))
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    shutil.rmtree(data / "train")
+    splits["train"].select(range(23)).save_to_disk(str(data / "train"))
     found = {}
     for count in (1, 2, 3):
         folder = tmp_path / str(count)
         more = [f"--per_device_train_batch_size={12 // count}", "--epochs=2", "--dataloader_num_workers=0"]
         more += ["--per_device_eval_batch_size=3", "--max_grad_norm=0"]
-        runs = several(count, arguments(few, folder, *more), tmp_path / f"logs{count}", without_dropout)
+        runs = several(count, arguments(data, folder, *more), tmp_path / f"logs{count}", without_dropout)
         assert [run.wait() for run in runs] == [0] * count, "\n".join(run.said() for run in runs)
         assert f"{count} process(es)" in runs[0].said() and "12 images per update" in runs[0].said()
         assert all("cider_d" not in run.said() for run in runs[1:]), "one process speaks for all"

@@ -1,9 +1,11 @@
 """Stage 2: the loss, packing, accumulation, resuming, several processes, and the run folder."""
 
+import importlib.util
 import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -16,18 +18,19 @@ from datasets import load_from_disk
 from PIL import Image
 from safetensors.torch import load_file
 from toy import Rows, make_trainer, toy_tokenizer
-from transformers import TrainerCallback, set_seed
+from transformers import Seq2SeqTrainingArguments, TrainerCallback, set_seed
 
 import train
 from captioning import InputError
+from captioning.data.folder import encode_captions
 from captioning.model import captioner, parts
 from captioning.model.captioner import part_of
 from captioning.model.packing import can_pack, decoder_mask
 from captioning.scores.reward import CiderReward
 from captioning.training import self_critical
-from captioning.training.arguments import read, training_argument_types, training_arguments
+from captioning.training.arguments import length, read, training_argument_types, training_arguments
 from captioning.training.self_critical import SelfCritical
-from captioning.training.trainer import caption_loss
+from captioning.training.trainer import Patience, caption_loss
 
 
 @pytest.fixture(scope="module")
@@ -250,6 +253,91 @@ def test_a_part_that_waits_keeps_its_weights_until_its_time(tokenizer, tmp_path)
     assert moved == [{"cross_attention"}] * 2 + [{"cross_attention", "decoder"}] * 2 + [everything] * 2
 
 
+@pytest.mark.parametrize(
+    "settings",
+    [{"num_train_epochs": 2}, {"max_steps": 4}, {"num_train_epochs": 2, "gradient_accumulation_steps": 2}],
+    ids=["epochs", "steps", "accumulation"],
+)
+@pytest.mark.parametrize("epochs", [2, 3, math.inf])
+def test_a_part_that_waits_beyond_the_end_never_moves(epochs, settings, tokenizer, tmp_path):
+    rows = Rows(tokenizer, 8)
+    size = 4 // settings.get("gradient_accumulation_steps", 1)
+    trainer = make_trainer(
+        tokenizer, rows, tmp_path, waiting={"decoder": epochs}, per_device_train_batch_size=size, **settings
+    )
+    before = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+    trainer.train()
+    assert trainer.state.global_step == 4
+    moved = {part_of(n) for n, weight in trainer.model.named_parameters() if not torch.equal(weight, before[n])}
+    assert moved == {"cross_attention", "encoder"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "epochs", "begin"),
+    [
+        ({"num_train_epochs": 3}, 1, 3),
+        ({"num_train_epochs": 3}, 5, 9),
+        ({"max_steps": 7}, 1, 3),
+        ({"max_steps": 7}, 3, 7),
+        ({"num_train_epochs": 3, "gradient_accumulation_steps": 2}, 1, 2),
+        ({"num_train_epochs": 0.5}, 1, 2),
+    ],
+)
+def test_when_a_part_moves_is_known_before_training(settings, epochs, begin, tmp_path):
+    args = Seq2SeqTrainingArguments(output_dir=tmp_path, use_cpu=True, per_device_train_batch_size=4, **settings)
+    assert length(args, images=10).updates(epochs) == begin
+    assert length(args, images=10).updates(math.inf) == length(args, images=10).total
+
+
+def test_a_smaller_batch_does_not_halve_the_self_critical_epochs(tmp_path):
+    args = Seq2SeqTrainingArguments(output_dir=tmp_path, use_cpu=True, per_device_train_batch_size=8)
+    halved = length(args, images=16, batch_size=4)
+    assert (halved.per_epoch, halved.total, halved.updates(1)) == (4, 12, 4)
+
+
+def test_a_rate_that_follows_the_score_waits_for_it_to_rise(few, tmp_path):
+    for kind in ("reduce_lr_on_plateau", "greedy"):
+        given = [f"--lr_scheduler_type={kind}"]
+        assert training_arguments(*read(arguments(few, tmp_path, *given))).lr_scheduler_kwargs["mode"] == "max"
+        given.append("--metric_for_best_model=loss")
+        assert training_arguments(*read(arguments(few, tmp_path, *given))).lr_scheduler_kwargs["mode"] == "min"
+
+
+def test_patience_waits_for_the_self_critical_epochs(tokenizer, tmp_path, monkeypatch):
+    """Scores fall from the first evaluation on; the last four of eight epochs are self-critical."""
+    rows = Rows(tokenizer, 4)
+    trainer = make_trainer(
+        tokenizer,
+        rows,
+        tmp_path,
+        self_critical=SelfCritical(4, CiderReward(rows.captions)),
+        num_train_epochs=8,
+        per_device_train_batch_size=4,
+        eval_strategy="epoch",
+        save_strategy="epoch",
+        load_best_model_at_end=True,
+        metric_for_best_model="cider_d",
+        save_total_limit=1,
+    )
+    trainer.add_callback(Patience(2, trainer))
+
+    def evaluated(*args, **kwargs):
+        metrics = {"eval_cider_d": 1 / trainer.state.global_step, "eval_loss": 1.0}
+        trainer.log(dict(metrics))
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(trainer, "evaluate", evaluated)
+    trainer.train()
+    assert trainer.self_critical_begin() == 4
+    assert trainer.state.global_step == 5, "two evaluations of self-critical epochs were no better"
+
+
+def test_a_learning_rate_that_no_part_has_is_refused(trained, few, tmp_path):
+    with pytest.raises(InputError, match="--learning_rate is for parts that start from random weights, and here none"):
+        train.main(arguments(few, tmp_path / "run", f"--model_path={trained}", "--learning_rate=1e-5"))
+
+
 def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp_path, monkeypatch):
     rows = Rows(tokenizer, 3)
     given = []
@@ -259,8 +347,9 @@ def test_self_critical_loss_is_that_of_each_sampled_caption_alone(tokenizer, tmp
         return [float(len(caption) % 7) for caption in captions]
 
     # Dropout is off where captions are sampled: these are not what the model with it would say.
-    trainer = make_trainer(tokenizer, rows, tmp_path, dropout=0.3, self_critical=SelfCritical(1, reward, samples=4))
-    trainer.state.max_steps = 1
+    trainer = make_trainer(
+        tokenizer, rows, tmp_path, dropout=0.3, self_critical=SelfCritical(1, reward, samples=4), max_steps=1
+    )
     drawn = []
     sample = self_critical.sample_captions
     monkeypatch.setattr(self_critical, "sample_captions", lambda *args: drawn.extend(sample(*args)) or drawn)
@@ -457,7 +546,7 @@ def test_the_run_folder_is_complete(trained, prepared):
         "epoch 2  validation loss",
     ):
         assert said in err
-    assert re.search(r"training: +100%.* 30/30 .*it/s, loss \d", err), "a bar with the rate, to its end"
+    assert re.search(r"training: +100%.* 30/30 .*(update/s|s/update), loss \d", err), "a bar with the rate, to its end"
 
 
 def test_the_best_checkpoint_is_the_one_that_is_kept(prepared, tmp_path):
@@ -643,6 +732,139 @@ def test_what_cannot_work_is_one_sentence(prepared, tmp_path, more, message, cap
     assert message in said and "\n" not in said
 
 
+@pytest.mark.parametrize(
+    ("flags", "expected"),
+    [
+        ("--eval_strategy steps --eval_steps 2", ("steps", 2, "steps", 2, True)),
+        ("--eval_steps 3", ("steps", 3, "steps", 3, True)),
+        ("--eval_strategy steps", ("steps", 0.1, "steps", 0.1, True)),
+        ("--save_steps 5", ("steps", 5, "steps", 5, True)),
+        ("--eval_strategy steps --eval_steps 2 --save_steps 4", ("steps", 2, "steps", 4, True)),
+        ("--eval_strategy no", ("no", None, "epoch", 500, False)),
+        ("--eval_strategy no --save_steps 4", ("no", None, "steps", 4, False)),
+    ],
+)
+def test_saving_follows_evaluating(flags, expected, prepared, tmp_path):
+    t = training_arguments(*read(arguments(prepared, tmp_path / "run", *flags.split())))
+    assert (t.eval_strategy, t.eval_steps, t.save_strategy, t.save_steps, t.load_best_model_at_end) == expected
+
+
+@pytest.mark.parametrize("flags", ["--eval_strategy epoch --eval_steps 4", "--save_strategy epoch --save_steps 4"])
+def test_a_number_of_steps_without_effect_is_refused(flags, prepared, tmp_path):
+    with pytest.raises(InputError, match=r"_steps has no effect with --\w+_strategy epoch"):
+        training_arguments(*read(arguments(prepared, tmp_path / "run", *flags.split())))
+
+
+def test_evaluating_by_steps_and_not_at_all_end_in_a_whole_run_folder(few, tmp_path):
+    for name, flags in (("steps", ["--eval_strategy=steps", "--eval_steps=2"]), ("no", ["--eval_strategy=no"])):
+        train.main(arguments(few, tmp_path / name, "--epochs=1", "--per_device_train_batch_size=8", *flags))
+        results = json.loads((tmp_path / name / "results.json").read_text())
+        assert set(results["test"]) == set(results["validation"])
+
+
+@pytest.mark.parametrize(
+    ("evaluations", "kept"),
+    [
+        ([(0.3, 4.0), (0.5, 3.9), (0.4, 3.0)], 2),  # the best, between two checkpoints
+        ([(0.0, 5.0), (0.0, 4.0), (0.0, 4.5)], 2),  # of equals the one with the lowest loss
+        ([(0.2, 4.0), (0.2, 4.0), (0.1, 1.0)], 1),
+    ],
+)
+def test_the_kept_checkpoint_is_the_best_evaluation(evaluations, kept, tokenizer, tmp_path, monkeypatch):
+    rows = Rows(tokenizer, 4)
+    trainer = make_trainer(
+        tokenizer,
+        rows,
+        tmp_path,
+        max_steps=3,
+        per_device_train_batch_size=4,
+        eval_strategy="steps",
+        eval_steps=1,
+        save_strategy="steps",
+        save_steps=3,
+        save_total_limit=2,
+        load_best_model_at_end=True,
+        metric_for_best_model="cider_d",
+        learning_rate=1e-2,
+    )
+    planned, weights = iter(evaluations), {}
+
+    def evaluated(*args, **kwargs):
+        score, loss = next(planned)
+        step = trainer.state.global_step
+        weights[step] = {name: weight.detach().clone() for name, weight in trainer.model.named_parameters()}
+        metrics = {"eval_cider_d": score, "eval_loss": loss}
+        trainer.log(dict(metrics))
+        trainer.control = trainer.callback_handler.on_evaluate(trainer.args, trainer.state, trainer.control, metrics)
+        return metrics
+
+    monkeypatch.setattr(trainer, "evaluate", evaluated)
+    trainer.train()
+    assert trainer.state.best_global_step == kept
+    assert all(torch.equal(weight, weights[kept][name]) for name, weight in trainer.model.named_parameters())
+
+
+def test_a_captioner_brings_its_own_tokenizer_and_image_processor(trained, few, tmp_path, capsys):
+    """--model_path on data of another tokenizer: the captions are tokenised anew, and nothing is forgotten."""
+    splits = load_from_disk(str(few))
+    other = parts.train_tokenizer(["words", "of another data set, in another order"] * 9, 300)
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    other.save_pretrained(data)
+    for split in splits:
+        rows = splits[split].map(lambda row: {"labels": encode_captions(other, row["captions"], 64)[0]})
+        shutil.rmtree(data / split)
+        rows.save_to_disk(str(data / split))
+    out = tmp_path / "run"
+    train.main(
+        arguments(data, out, f"--model_path={trained}", "--max_steps=1", "--encoder_lr=1e-9", "--decoder_lr=1e-9")
+    )
+    said = capsys.readouterr().err
+    assert "tokenised anew" in said and "model: tiny -> tiny" in said
+    before, after = captioner.load(trained), captioner.load(out)
+    assert after.tokenizer.get_vocab() == before.tokenizer.get_vocab() != other.get_vocab()
+    assert after.image_processor.to_dict() == before.image_processor.to_dict()
+    results = json.loads((out / "results.json").read_text())
+    whole = json.loads((trained / "results.json").read_text())
+    assert results["test"]["loss"] < whole["test"]["loss"] + 1, "it still knows what it learnt"
+
+
+def test_images_that_are_stored_too_small_for_a_captioner_are_refused(few, tmp_path, tokenizer):
+    net = captioner.build("small", "tiny", tokenizer)  # sees 224 px, where the data were stored for 64
+    captioner.save(captioner.Bundle(net, tokenizer, parts.load_image_processor("small")), tmp_path / "captioner")
+    with pytest.raises(
+        InputError, match=r"stored with 73 px, and '.*captioner' sees 224; run dataloader.py with --enc"
+    ):
+        train.main(arguments(few, tmp_path / "run", f"--model_path={tmp_path / 'captioner'}"))
+
+
+def test_captions_may_be_as_long_as_those_of_the_training_images(few, tmp_path, capsys):
+    splits = load_from_disk(str(few))
+    tokenizer = parts.load_tokenizer(few)
+    data = tmp_path / "data"
+    shutil.copytree(few, data)
+    words = "a red circle " * 20
+    for split in splits:
+        labels, _ = encode_captions(tokenizer, [words], 100)
+        shutil.rmtree(data / split)
+        splits[split].map(lambda row, labels=labels: {"labels": labels, "captions": [words]}).save_to_disk(
+            str(data / split)
+        )
+    train.main(arguments(data, tmp_path / "run", "--max_steps=1"))
+    config = captioner.load(tmp_path / "run").model.generation_config
+    assert config.max_new_tokens == len(labels[0]) > 40
+    assert f"captions: {len(labels[0])} tokens at most are generated; 100.0% of the training" in capsys.readouterr().err
+
+
+def test_weights_and_biases_without_a_login_is_one_sentence(few, tmp_path, monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name, find=importlib.util.find_spec: find(name) or True)
+    for name in ("WANDB_MODE", "WANDB_API_KEY"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(InputError, match="--report_to wandb needs a login: run 'wandb login', or set WANDB_MODE=off"):
+        train.main(arguments(few, tmp_path / "run", "--report_to=wandb"))
+
+
 def test_a_decoder_with_another_tokenizer_is_refused(prepared, tmp_path):
     other = parts.train_tokenizer(["entirely different words"] * 3, 300)
     other.save_pretrained(tmp_path / "decoder")
@@ -702,3 +924,30 @@ def test_help_is_one_screen_and_help_all_has_every_flag():
     documented = {name for name in training_argument_types() if f"--{name}" in long.stdout}
     assert {"learning_rate", "predict_with_generate", "label_smoothing_factor"} <= documented
     assert len(documented) > 80
+
+
+def test_an_evaluation_does_not_count_in_the_remaining_time(tokenizer, tmp_path, monkeypatch):
+    """Time stands still: an update takes a second, an evaluation a hundred."""
+    now = [0.0]
+    monkeypatch.setattr("time.perf_counter", lambda: now[0])
+    monkeypatch.setattr("tqdm.std.time", lambda: now[0])
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True, raising=False)
+    rows, remaining = Rows(tokenizer, 4), []
+    settings = {"max_steps": 6, "per_device_train_batch_size": 4, "eval_strategy": "steps", "eval_steps": 2}
+    trainer = make_trainer(tokenizer, rows, tmp_path, **settings)
+    trainer.args.disable_tqdm = False
+
+    class Clock(TrainerCallback):
+        def on_step_begin(self, *args, **kwargs):
+            now[0] += 1
+
+        def on_prediction_step(self, *args, **kwargs):
+            now[0] += 100
+
+        def on_evaluate(self, args, state, control, **kwargs):
+            figures = trainer.progress.training_bar.format_dict
+            remaining.append((figures["total"] - figures["n"]) * figures["elapsed"] / figures["n"])
+
+    trainer.add_callback(Clock())
+    trainer.train()
+    assert remaining[0] == pytest.approx(4, abs=0.1) and remaining[1] == pytest.approx(2, abs=0.1)

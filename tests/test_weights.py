@@ -4,10 +4,12 @@ import json
 import pickle
 import zipfile
 
+import numpy as np
 import pytest
 import torch
 import transformers
 from encoders import ENCODERS, PLAIN, SIDE
+from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, ViTConfig, ViTForImageClassification, ViTModel
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
@@ -239,3 +241,46 @@ def test_settings_of_a_decoder_do_not_change_how_captions_are_generated(gpt2, to
     stock = net.generate(pixel_values=x, num_beams=2, max_new_tokens=8)
     said = [generate.generate(bundle, x, num_beams=2, max_new_tokens=8) for _ in range(2)]
     assert said[0] == said[1] == generate.decode(tokenizer, stock)
+
+
+def test_an_image_processor_for_another_image_size_is_refused_by_both_scripts(tokenizer, tmp_path):
+    ENCODERS["vit"]().save_pretrained(tmp_path)
+    ViTImageProcessorPil(size={"height": 224, "width": 224}).save_pretrained(tmp_path)
+    processor = parts.load_image_processor(tmp_path)
+    message = rf"for 224x224 pixels, which its model does not take \(its config\.json says {SIDE}\)"
+    with pytest.raises(InputError, match=message):
+        captioner.check_parts(str(tmp_path), "tiny", processor)
+    net = captioner.build(str(tmp_path), "tiny", tokenizer)
+    with pytest.raises(InputError, match=message):
+        captioner.refuse_misfit(net.encoder, processor, "--encoder 'it'")
+
+
+def test_models_that_cannot_be_used_are_refused_before_data_are_prepared(gpt2, tmp_path):
+    tiny = parts.load_image_processor("tiny")
+    transformers.OPTConfig(hidden_size=16, num_attention_heads=2).save_pretrained(tmp_path / "opt")
+    with pytest.raises(InputError, match="is a opt; name a model of the GPT-2 family"):
+        captioner.check_parts("tiny", str(tmp_path / "opt"), tiny)
+    with pytest.raises(InputError, match="is a gpt2, not a vision encoder"):
+        captioner.check_parts(str(gpt2), "tiny", tiny)
+    captioner.check_parts("tiny", str(gpt2), tiny)
+
+
+def test_dinov3_s_image_processor_needs_no_torchvision(tmp_path):
+    published = {
+        "image_processor_type": "DINOv3ViTImageProcessorFast",
+        "crop_size": None,
+        "do_resize": True,
+        "resample": 2,
+        "size": {"height": 32, "width": 32},
+        "image_mean": [0.485, 0.456, 0.406],
+        "image_std": [0.229, 0.224, 0.225],
+    }
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(published))
+    processor = parts.load_image_processor(tmp_path)
+    picture = Image.effect_mandelbrot((90, 70), (-2, -1.5, 1, 1.5), 30).convert("RGB")
+    ours = torch.from_numpy(processor(picture, return_tensors="np").pixel_values)
+    # What its own class does: rescale, resize with antialiasing, normalise
+    pixels = torch.from_numpy(np.asarray(picture)).permute(2, 0, 1)[None] / 255
+    resized = torch.nn.functional.interpolate(pixels, (32, 32), mode="bilinear", antialias=True)
+    mean, std = (torch.tensor(published[key]).view(3, 1, 1) for key in ("image_mean", "image_std"))
+    torch.testing.assert_close(ours, (resized - mean) / std, atol=1 / 255 / 0.22, rtol=0)

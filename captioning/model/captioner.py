@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from PIL import Image
 from transformers import (
     AutoModel,
     AutoModelForCausalLM,
@@ -41,6 +42,7 @@ from captioning.model.parts import (
     load_image_processor,
     load_tokenizer,
     read_config,
+    refuse_other_kinds,
     resolve,
     save_tokenizer,
 )
@@ -123,6 +125,53 @@ def give_patch_states(encoder: Any, what: str) -> None:
         raise refusal
     if getattr(encoder.config, "hidden_size", None) != states.shape[2]:
         encoder.config.hidden_size = states.shape[2]
+
+
+def refuse_misfit(encoder: Any, image_processor: Any, what: str) -> None:
+    """Refuse an image processor whose pixels the encoder does not take, such as those of another image size.
+
+    Args:
+        encoder: on any device; on "meta" nothing is computed.
+
+    Raises:
+        InputError: they do not fit, or the image processor cannot be used at all.
+    """
+    try:
+        pixels = Pixels(image_processor)
+        shape = pixels.normalise(torch.from_numpy(pixels(Image.new("RGB", (64, 48))))[None]).shape
+    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        raise InputError(f"{what} has a preprocessor_config.json that cannot be used ({reason}); correct it") from None
+    training, device = encoder.training, next(encoder.parameters()).device
+    try:
+        with torch.no_grad():
+            encoder.eval()(pixel_values=torch.zeros(shape, device=device))
+    except (ValueError, RuntimeError, TypeError, IndexError):
+        side = getattr(encoder.config, "image_size", None)
+        raise InputError(
+            f"{what} has a preprocessor_config.json for {shape[2]}x{shape[3]} pixels, which its model does not take"
+            + (f" (its config.json says {side})" if side else "")
+            + "; correct one of them"
+        ) from None
+    finally:
+        encoder.train(training)
+
+
+def check_parts(encoder: str, decoder: str, image_processor: Any) -> None:
+    """Refuse names that train.py cannot use, before any data are prepared for them; no weights are read.
+
+    Raises:
+        InputError: as `refuse_other_kinds` and `refuse_misfit`.
+    """
+    refuse_other_kinds(encoder, decoder)
+    folder = Path() if encoder in ENCODER_PRESETS else resolve(encoder, "--encoder", weights=False)
+    if encoder in ENCODER_PRESETS or not (folder / "config.json").is_file():
+        return
+    config = read_config(folder, "--encoder")
+    config = config.encoder if config.model_type == "vision-encoder-decoder" else encoder_config(folder, "--encoder")
+    with torch.device("meta"):
+        blank = AutoModel.from_config(config)
+    refuse_misfit(blank, image_processor, f"--encoder '{encoder}'")
 
 
 def _flatten(encoder, inputs, outputs):
@@ -275,6 +324,7 @@ def load(path: str | os.PathLike) -> Bundle:
     ignore_own_generation(model)
     tokenizer = load_tokenizer(folder, "--model_path")
     image_processor = load_image_processor(folder, "--model_path")
+    refuse_misfit(model.encoder, image_processor, f"--model_path '{path}'")
     return Bundle(model.eval(), tokenizer, image_processor)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import itertools
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar, cast
@@ -12,9 +11,9 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from PIL import Image
-from tqdm import tqdm
 from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerBase, VisionEncoderDecoderModel
 
+from captioning import cli
 from captioning.model.captioner import Bundle
 
 
@@ -103,7 +102,7 @@ def in_batches(
         total: how many pictures there are; no bar is shown for one batch.
     """
     pictures = iter(pictures)
-    with tqdm(total=total, unit="image", desc=description, file=sys.stderr, disable=(total or 0) <= batch_size) as bar:
+    with cli.bar(total=total, unit="image", desc=description, disable=(total or 0) <= batch_size) as bar:
         while batch := list(itertools.islice(pictures, batch_size)):
             began = time.perf_counter()
             stacked = torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(bundle.model.device)

@@ -61,8 +61,10 @@ def decoder_rows(
     else:
         groups = [[caption] for of_image in captions for caption in of_image]
         image_of_row = torch.tensor([index for index, of_image in enumerate(captions) for _ in of_image])
+    if not groups:  # no image has a caption
+        groups, image_of_row = [[]], torch.zeros(1, dtype=torch.long)
 
-    shape = (len(groups), max(sum(map(len, group)) for group in groups))
+    shape = (len(groups), max(1, *(sum(map(len, group)) for group in groups)))
     inputs = np.full(shape, pad_token_id)
     labels = np.full(shape, IGNORED)
     positions = np.zeros(shape, dtype=np.int64)

@@ -282,17 +282,35 @@ def load_image_processor(encoder: str | os.PathLike, what: str = "--encoder", wh
         return ViTImageProcessorPil(size={"height": side, "width": side}, resample=3)
     folder = resolve(encoder, what, weights=False)
     try:
-        image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil", trust_remote_code=False)
+        image_processor = _dinov3_without_torchvision(folder) or AutoImageProcessor.from_pretrained(
+            folder, backend="pil", trust_remote_code=False
+        )
     except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        raise InputError(
-            f"{what} '{encoder}' has no usable preprocessor_config.json ({str(error).splitlines()[0]})"
-        ) from None
+        reason = " ".join(str(error).split()) or f"{type(error).__name__}; it may need a package that is not here"
+        raise InputError(f"{what} '{encoder}' has no usable preprocessor_config.json ({reason})") from None
     if whole and image_processor.do_center_crop:
         crop = dict(image_processor.crop_size)
         size = {"height": crop["height"], "width": crop["width"]}
         settings = {**image_processor.to_dict(), "do_center_crop": False, "do_resize": True, "size": size}
         image_processor = type(image_processor).from_dict(settings)
     return image_processor
+
+
+def _dinov3_without_torchvision(folder: Path):
+    """DINOv3's image processor as one of Pillow; None for any other.
+
+    Its own class needs torchvision. It rescales before it resizes, which differs by the rounding to 8 bits.
+    """
+    file = folder / "preprocessor_config.json"
+    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    if not isinstance(settings, dict) or not str(settings.get("image_processor_type")).startswith("DINOv3ViT"):
+        return None
+    from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
+
+    imagenet = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225], "resample": 2}
+    known = ("size", "resample", "image_mean", "image_std", "do_resize", "do_rescale", "do_normalize", "rescale_factor")
+    own = {name: settings[name] for name in known if settings.get(name) is not None}
+    return ViTImageProcessorPil(**{"size": {"height": 224, "width": 224}, **imagenet, **own})
 
 
 def resized_side(image_processor) -> int:

@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import argparse
 import ast
+import contextlib
 import functools
 import importlib.util
 import math
+import netrc
 import os
 import sys
 from collections.abc import Mapping, Sequence
@@ -26,7 +28,7 @@ from captioning.scores.names import SCORE_NAMES
 from captioning.training import resilience
 
 if TYPE_CHECKING:
-    from transformers import Seq2SeqTrainingArguments
+    from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 DATA, MODEL, OTHER = "data and output", "model", "other"
 RATES = "learning rates (--learning_rate is for parts that start from random weights)"
@@ -336,6 +338,10 @@ def training_arguments(args: Arguments, rest: Sequence[str]) -> Seq2SeqTrainingA
     # What follows from other flags
     if training.dataloader_num_workers == 0:
         training.dataloader_persistent_workers = False
+    if training.lr_scheduler_type.value in ("reduce_lr_on_plateau", "greedy"):
+        # They watch the score that chooses the checkpoint. By default they wait for it to fall, as a loss does.
+        mode = "max" if training.greater_is_better else "min"
+        training.lr_scheduler_kwargs = {"mode": mode, **(training.lr_scheduler_kwargs or {})}
     if training.n_gpu > 1:
         # torch's DataParallel, which the Trainer would use, copies the model at every step.
         cli.note(f"{training.n_gpu} GPUs are here, one is used; 'accelerate launch --multi_gpu train.py' uses all")
@@ -369,6 +375,35 @@ def saving_defaults(given: Mapping[str, str]) -> dict[str, Any]:
     return defaults
 
 
+@dataclass(frozen=True)
+class Length:
+    """How long a training is, in updates.
+
+    Attributes:
+        per_epoch: updates in a pass over the training images; the last one of a pass may hold fewer images.
+        total: in all.
+    """
+
+    per_epoch: int
+    total: int
+
+    def updates(self, epochs: float) -> int:
+        """The update that begins after so many epochs; `total` where that is at the end or beyond it."""
+        return self.total if epochs == math.inf else min(self.total, round(epochs * self.per_epoch))
+
+
+def length(training: TrainingArguments, images: int, batch_size: int | None = None) -> Length:
+    """The length of a training on so many images, however it was given: in epochs or in updates.
+
+    Args:
+        batch_size: images at a time in each process, where `--auto_find_batch_size` has lowered it.
+    """
+    at_a_time = batch_size or training.train_batch_size
+    per_epoch = max(1, math.ceil(images / (at_a_time * training.gradient_accumulation_steps * training.world_size)))
+    total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
+    return Length(per_epoch, total)
+
+
 def _refuse(message: str):
     raise InputError(message)
 
@@ -398,6 +433,17 @@ def check(training: Seq2SeqTrainingArguments) -> None:
     for tracker in training.report_to or ():
         if tracker in ("tensorboard", "wandb", "mlflow") and importlib.util.find_spec(tracker) is None:
             raise InputError(f"--report_to {tracker} needs that package: pip install {tracker}")
+        if tracker == "wandb" and not _knows_wandb():
+            raise InputError("--report_to wandb needs a login: run 'wandb login', or set WANDB_MODE=offline")
+
+
+def _knows_wandb() -> bool:
+    """Whether Weights & Biases has a key, or needs none. Without one it would end in a traceback."""
+    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
+        return True
+    with contextlib.suppress(OSError, netrc.NetrcParseError):
+        return any("wandb" in host for host in netrc.netrc().hosts)
+    return False
 
 
 def device_defaults() -> dict[str, Any]:

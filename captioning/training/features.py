@@ -12,16 +12,14 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
-from captioning import InputError
+from captioning import InputError, cli
 from captioning.files import lock, write_whole
 from captioning.model.captioner import Bundle
 from captioning.training.batches import AUGMENTATION, CaptionDataset
@@ -114,7 +112,7 @@ class FeatureCache:
         going_on = f" (going on from image {done:,})" if done else ""
         self.say(f"features: {split}, {size / 1e6:,.0f} MB, to {path}{going_on}")
         features = np.lib.format.open_memmap(part, "r+" if done else "w+", np.float16, None if done else shape)
-        with tqdm(total=len(dataset), initial=done, unit="image", desc=f"{split} features", file=sys.stderr) as bar:
+        with cli.bar(total=len(dataset), initial=done, unit="image", desc=f"{split} features") as bar:
             for number, start in enumerate(range(done, len(dataset), self.batch_size), 1):
                 stop = min(start + self.batch_size, len(dataset))
                 features[start:stop] = self.encode([dataset.image(index, variant) for index in range(start, stop)])

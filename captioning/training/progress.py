@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import math
 import sys
+import time
 from dataclasses import dataclass
 
 import torch
 from tqdm import tqdm
-from transformers.trainer_callback import ProgressCallback
+from transformers import TrainerCallback
 
-from captioning import InputError
+from captioning import InputError, cli
 from captioning.cli import printable
 from captioning.scores.names import BRIEF_KEYS, SCORE_NAMES
 
 SAMPLES = 3  # captions shown after each evaluation
 
 
-class Progress(ProgressCallback):
+class Progress(TrainerCallback):
     """One progress bar for training, for each evaluation a line of scores and a few captions, all on stderr.
 
     Args:
@@ -25,8 +26,9 @@ class Progress(ProgressCallback):
     """
 
     def __init__(self, trainer):
-        super().__init__()
         self.trainer = trainer
+        self.training_bar = self.prediction_bar = None
+        self.paused = 0.0  # when the evaluation began that is going on
 
     def close(self) -> None:
         """End the lines of bars that an error has left open."""
@@ -34,19 +36,52 @@ class Progress(ProgressCallback):
             if bar is not None:
                 bar.close()
 
-    def on_prediction_step(self, args, state, control, **kwargs):
-        if not args.disable_tqdm:
-            super().on_prediction_step(args, state, control, **kwargs)
-
     def on_train_begin(self, args, state, control, **kwargs):
-        super().on_train_begin(args, state, control, **kwargs)
+        if state.is_world_process_zero:
+            self.training_bar = cli.bar(
+                total=state.max_steps,
+                initial=state.global_step,  # what a resumed run has behind it
+                unit="update",
+                desc="training",
+                disable=args.disable_tqdm,
+            )
+
+    def on_step_end(self, args, state, control, **kwargs):
         if self.training_bar is not None:
-            if args.disable_tqdm:
-                self.training_bar.disable = True
-            self.training_bar.set_description("training")
-            self.training_bar.update(state.global_step)  # what a resumed run has behind it
-            self.training_bar.initial = state.global_step
-        self.current_step = state.global_step
+            self.training_bar.update(state.global_step - self.training_bar.n)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if self.training_bar is not None:
+            self.training_bar.close()
+            self.training_bar = None
+
+    def on_prediction_step(self, args, state, control, eval_dataloader=None, **kwargs):
+        if not state.is_world_process_zero:
+            return
+        if self.prediction_bar is None:
+            self.paused = time.perf_counter()
+            self.prediction_bar = cli.bar(
+                total=len(eval_dataloader),
+                unit="batch",
+                desc="evaluation",
+                leave=False,
+                disable=args.disable_tqdm or not sys.stderr.isatty(),
+            )
+        self.prediction_bar.update()
+
+    def on_evaluate(self, args, state, control, **kwargs):
+        if self.prediction_bar is None:
+            return
+        self.prediction_bar.close()
+        self.prediction_bar = None
+        if self.training_bar is not None and not self.training_bar.disable:
+            # What remains is reckoned from the updates alone, or it would jump to hours.
+            elapsed = time.perf_counter() - self.paused
+            self.training_bar.start_t += elapsed
+            self.training_bar.last_print_t += elapsed
+
+    def on_predict(self, args, state, control, metrics, **kwargs):
+        self.on_evaluate(args, state, control)
 
     def on_log(self, args, state, control, logs=None, **kwargs):
         if not state.is_world_process_zero or not logs:
@@ -58,7 +93,7 @@ class Progress(ProgressCallback):
             )
         for key in ("loss", "reward"):
             if key in logs and self.training_bar is not None:
-                self.training_bar.set_postfix_str(f"{key} {logs[key]:.3f}")
+                self.training_bar.set_postfix_str(f"{key} {logs[key]:.3f}", refresh=False)
         if "eval_loss" in logs:
             shown = [f"{SCORE_NAMES[key]} {logs['eval_' + key]:.3f}" for key in BRIEF_KEYS if "eval_" + key in logs]
             lines = [f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {'  '.join(shown)}"]

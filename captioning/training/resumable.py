@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import math
 from collections.abc import Callable
 from pathlib import Path
@@ -18,8 +19,11 @@ from typing import Any
 
 import torch
 from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerCallback, VisionEncoderDecoderModel
+from transformers.trainer_callback import ExportableState
 
-from captioning.training.resilience import LossWatch, StopSignals, explained, in_own_group, whole_checkpoint
+from captioning import InputError
+from captioning.files import read_json
+from captioning.training.resilience import STATE, LossWatch, StopSignals, explained, in_own_group, whole_checkpoint
 
 
 class EvaluationStopped(Exception):
@@ -34,7 +38,8 @@ class ResumableTrainer(Seq2SeqTrainer):
 
     def __init__(self, **kwargs: Any):
         super().__init__(**kwargs)
-        self.add_callback(Resumed(self))
+        self.resumed = Resumed(self)
+        self.add_callback(self.resumed)
         self.losses = LossWatch()
         self.stop = StopSignals(speak=self.is_world_process_zero())
         # Told which epoch begins. The Trainer tells its loader, but one that skips batches does not hand it on.
@@ -50,13 +55,26 @@ class ResumableTrainer(Seq2SeqTrainer):
 
         Raises:
             KeyboardInterrupt: SIGINT or SIGTERM came; after the first there is a checkpoint of the update it came in.
-            InputError: the loss was not finite.
+            InputError: the loss was not finite, or the checkpoint is of a run with other data or other trained parts.
         """
+        if checkpoint := kwargs.get("resume_from_checkpoint"):
+            self._refuse_another_run(Path(checkpoint))
         with self.stop:
             trained = super().train(*args, **kwargs)
             if self.stop_asked():
                 raise KeyboardInterrupt
         return trained
+
+    def _refuse_another_run(self, checkpoint: Path) -> None:
+        saved = read_json(checkpoint / STATE).get("stateful_callbacks", {}).get("Resumed", {}).get("attributes", {})
+        for name, now in self.resumed.recipe.items():
+            before = saved.get(name, now)
+            if before != now:
+                what = "other data" if name == "data" else f"other parts being trained ({before}, now {now})"
+                raise InputError(
+                    f"'{checkpoint}' is of a run with {what}, and a run goes on as it began; start a new one from it "
+                    f"with --model_path '{checkpoint}' and another --output_dir"
+                )
 
     def training_step(self, model, inputs, *args, **kwargs):
         loss = super().training_step(model, inputs, *args, **kwargs)
@@ -179,11 +197,26 @@ class ResumableTrainer(Seq2SeqTrainer):
         self.model.load_state_dict(saved.state_dict())
 
 
-class Resumed(TrainerCallback):
-    """What a checkpoint knows and the Trainer leaves there: an evaluation that is due, and how far patience went."""
+class Resumed(TrainerCallback, ExportableState):
+    """What a checkpoint knows and the Trainer leaves there: an evaluation that is due, and how far patience went.
+
+    It also keeps there what a run cannot change on its way: its data, and the parts that it trains.
+    """
 
     def __init__(self, trainer: ResumableTrainer):
         self.trainer = trainer
+
+    @functools.cached_property
+    def recipe(self) -> dict[str, str]:
+        """The data, as a digest of how many tokens each training image has, and the parts that are trained."""
+        trainer = self.trainer
+        lengths: list[int] = getattr(trainer.train_dataset, "lengths", list)()
+        assert trainer.model is not None
+        parts = {name.split(".")[0] for name, weight in trainer.model.named_parameters() if weight.requires_grad}
+        return {"data": hashlib.sha256(str(lengths).encode()).hexdigest()[:16], "parts": " and ".join(sorted(parts))}
+
+    def state(self) -> dict:
+        return {"args": {}, "attributes": self.recipe}
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, saved = self.trainer, state.stateful_callbacks

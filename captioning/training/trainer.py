@@ -7,7 +7,6 @@ the likelihood in `captioning.training.self_critical`; how captions share a row 
 from __future__ import annotations
 
 import contextlib
-import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch.nn import functional
-from transformers import get_scheduler
+from transformers import EarlyStoppingCallback, get_scheduler, set_seed
 from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -26,6 +25,7 @@ from captioning.model.generate import decode, generate_tokens
 from captioning.model.packing import IGNORED, LabelledProjection, decoder_mask
 from captioning.model.parts import save_tokenizer
 from captioning.scores.metrics import coco_scores
+from captioning.training.arguments import Length, length
 from captioning.training.batches import Collator, LengthSampler
 from captioning.training.progress import Progress, Throughput
 from captioning.training.resumable import ResumableTrainer
@@ -67,6 +67,21 @@ class Forward(NamedTuple):
     logits: torch.Tensor
     labels: torch.Tensor
     states: torch.Tensor
+
+
+class Patience(EarlyStoppingCallback):
+    """Ends a training when so many evaluations in a row were not better than the best one.
+
+    Where self-critical epochs follow, it waits for them: they begin to rise again from where the others ended.
+    """
+
+    def __init__(self, evaluations: int, trainer: CaptionTrainer):
+        super().__init__(evaluations)
+        self.trainer = trainer
+
+    def on_evaluate(self, args, state, control, metrics, **kwargs):
+        if self.trainer.self_critical is None or state.global_step >= self.trainer.self_critical_begin():
+            super().on_evaluate(args, state, control, metrics, **kwargs)
 
 
 class CaptionTrainer(ResumableTrainer):
@@ -130,7 +145,7 @@ class CaptionTrainer(ResumableTrainer):
         if not any(parameter.requires_grad for parameter in encoder.parameters()):
             # A frozen encoder gives the same features every time: those that a cache would hold.
             encoder.eval()
-        if self.self_critical is not None and self.state.global_step >= self._self_critical_begin():
+        if self.self_critical is not None and self.state.global_step >= self.self_critical_begin():
             loss = self._self_critical_loss(model, inputs, num_items_in_batch)
         else:
             out = self.forward(model, inputs)
@@ -170,12 +185,17 @@ class CaptionTrainer(ResumableTrainer):
         rows = self._prepare_inputs(self.collator.rows(samples.captions))
         out = self.forward(model, {**batch, **rows})
         self.rewards.append(samples.reward)
-        return settings.loss(out.logits, out.labels, samples.advantages, num_items)
+        # An image without captions is there to fill the batch only.
+        counts = (batch["labels"] != IGNORED).any(1).tolist()
+        of_tokens = [count for count, own in zip(counts, samples.captions, strict=True) for c in own for _ in c]
+        advantages = samples.advantages * torch.tensor(of_tokens, device=samples.advantages.device)
+        return settings.loss(out.logits, out.labels, advantages, num_items)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
         if self.rewards and "loss" in logs:
             # Of sampled captions the loss says nothing (its mean is near 0 however good they are), their reward does.
-            logs = {"reward": statistics.fmean(self.rewards), **logs}
+            mean = torch.tensor(statistics.fmean(self.rewards), device=self.args.device)
+            logs = {"reward": self.accelerator.gather(mean).mean().item(), **logs}
             del logs["loss"]
             self.rewards.clear()
         super().log(logs, *args, **kwargs)
@@ -193,13 +213,19 @@ class CaptionTrainer(ResumableTrainer):
         return batches, num_items
 
     def _get_train_sampler(self, train_dataset=None):
-        if self.args.train_sampling_strategy == "sequential":
-            return super()._get_train_sampler(train_dataset)
         dataset = self.train_dataset if train_dataset is None else train_dataset
         seed = self.args.seed if self.args.data_seed is None else self.args.data_seed
-        together = self.args.train_batch_size * self.args.world_size
-        sort = self.args.train_sampling_strategy == "group_by_length"
-        sampler = LengthSampler(dataset.lengths(), together, seed, sort)
+        together = self._train_batch_size * self.args.world_size
+        strategy = self.args.train_sampling_strategy
+        sampler = LengthSampler(
+            dataset.lengths(),
+            together,
+            seed,
+            sort=strategy == "group_by_length",
+            shuffle=strategy != "sequential",
+            accumulation=self.args.gradient_accumulation_steps,
+            fill=self.args.world_size > 1,
+        )
         self.set_epoch = sampler.set_epoch
         return sampler
 
@@ -235,8 +261,8 @@ class CaptionTrainer(ResumableTrainer):
         critical = min(self._self_critical_updates(), num_training_steps)
         likelihood = num_training_steps - critical
         scheduler = super().create_scheduler(max(1, likelihood), optimizer)
-        begins = {part: epochs * self._updates_per_epoch() for part, epochs in self.waiting.items()}
-        begins = {part: begin for part, begin in begins.items() if 0 < begin < num_training_steps}
+        begins = {part: self._length().updates(epochs) for part, epochs in self.waiting.items()}
+        begins = {part: begin for part, begin in begins.items() if begin > 0}
         if not critical and not begins:
             return scheduler
         kind = self.args.lr_scheduler_type
@@ -268,19 +294,21 @@ class CaptionTrainer(ResumableTrainer):
             group["lr"] = group["initial_lr"] * factor(0)
         return scheduler
 
-    def _self_critical_begin(self) -> int:
-        return self.state.max_steps - self._self_critical_updates()
+    def self_critical_begin(self) -> int:
+        """The first update that learns from sampled captions; the number of all updates where none does."""
+        return self._length().total - self._self_critical_updates()
 
     def _self_critical_updates(self) -> int:
-        return round(self.self_critical.epochs * self._updates_per_epoch()) if self.self_critical else 0
+        return self._length().updates(self.self_critical.epochs) if self.self_critical else 0
 
-    def _updates_per_epoch(self) -> int:
-        together = self.args.train_batch_size * self.args.gradient_accumulation_steps * self.args.world_size
-        return math.ceil(self.training_images / together)
+    def _length(self) -> Length:
+        return length(self.args, self.training_images, self._train_batch_size)
 
     # ---- checkpoints
 
     def train(self, *args, **kwargs):
+        # The Trainer gives each process the same seed, and with it the same dropout and the same samples.
+        set_seed(self.args.seed + self.args.process_index)
         with contextlib.closing(self.progress):
             return super().train(*args, **kwargs)
 

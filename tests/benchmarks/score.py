@@ -23,7 +23,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "golden")]
 
 import oracle  # noqa: E402
 
-from captioning.scores.metrics import COCO_KEYS, coco_scores  # noqa: E402
+from captioning.scores.metrics import coco_scores  # noqa: E402
+from captioning.scores.names import COCO_KEYS  # noqa: E402
 from captioning.scores.ptb import tokenize  # noqa: E402
 
 

@@ -4,7 +4,7 @@
 
 A job is {"predictions": [caption, ...], "references": [[caption, ...], ...]}, one entry per image. Its result
 is {"predictions": [tokens, ...], "references": [[tokens, ...], ...], "scores": {...}, "per_image": [{...}],
-"seconds": s} with the names of `captioning.scores.metrics`. Without predictions there are only tokens.
+"seconds": s} with the names of `captioning.scores.names`. Without predictions there are only tokens.
 
 It runs as a process of its own, so that pycocoevalcap can live in another environment.
 """
