@@ -155,7 +155,7 @@ def prepare(args: Arguments, work: Path) -> str:
 
     # Write
     truncated = writer.finish(tokenizer, args.max_length)
-    tokenizer.save_pretrained(work)
+    parts.save_tokenizer(tokenizer, work)
     image_processor.save_pretrained(work)
     names = ("limit_data", "val_share", "test_share", "seed", "encoder", "decoder", "center_crop", "max_length")
     settings = {name: getattr(args, name) for name in names}

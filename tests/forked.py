@@ -1,7 +1,8 @@
-"""train.py in processes that are cheap to start and to kill: forked from a server that has imported everything."""
+"""Scripts in processes that are cheap to start and to kill: forked from a server that has imported everything."""
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -18,21 +19,27 @@ FORKS.set_forkserver_preload(["tests.warm"])  # by the working directory; elsewh
 
 
 class Training:
-    """One process of train.py.
+    """One process of train.py, or of another script.
 
     Args:
         arguments: its command line.
         log: a file for its stdout and stderr.
         before: called in the process first; a function of a test module.
         environment: added to its own, such as the RANK of a process among several.
+        script: its name.
     """
 
     def __init__(
-        self, arguments: list, log: Path, before: Callable[[], None] | None = None, environment: dict | None = None
+        self,
+        arguments: list,
+        log: Path,
+        before: Callable[[], None] | None = None,
+        environment: dict | None = None,
+        script: str = "train",
     ):
         self.log = log
         words = [str(argument) for argument in arguments]
-        self.process = FORKS.Process(target=_train, args=(words, log, before, environment or {}))
+        self.process = FORKS.Process(target=_run, args=(script, words, log, before, environment or {}))
         self.process.start()
 
     def wait(self, seconds: float = 120) -> int:
@@ -41,7 +48,7 @@ class Training:
         if self.process.is_alive():
             self.process.kill()
             self.process.join()
-            raise TimeoutError(f"train.py did not end in {seconds} s:\n{self.said()}")
+            raise TimeoutError(f"it did not end in {seconds} s:\n{self.said()}")
         return self.process.exitcode
 
     def until(self, happened: Callable[[], bool], seconds: float = 120) -> None:
@@ -74,21 +81,22 @@ def several(count: int, arguments: list, folder: Path, before: Callable[[], None
     ]
 
 
-def _train(arguments, log, before, environment):
+def _run(script, arguments, log, before, environment):
     os.environ.update({name: str(value) for name, value in environment.items()})
     with log.open("w") as file:
         os.dup2(file.fileno(), 1)
         os.dup2(file.fileno(), 2)
     sys.stdout, sys.stderr = os.fdopen(1, "w", 1, closefd=False), os.fdopen(2, "w", 1, closefd=False)
-    sys.argv = [str(ROOT / "train.py"), *arguments]
+    sys.argv = [str(ROOT / f"{script}.py"), *arguments]
     # Its data workers are forked from it as those of a script are, and not from a server of its own.
     multiprocessing.set_start_method("fork", force=True)
     import torch
 
-    import train
     from captioning import cli
+
+    main = importlib.import_module(script).main
 
     torch.set_num_threads(1)
     if before is not None:
         before()
-    cli.run(lambda: train.main(arguments))
+    cli.run(lambda: main(arguments))

@@ -31,6 +31,7 @@ class Server:
 
     def __init__(self, routes: dict[str, Route] | None = None, port: int = 0) -> None:
         self.routes = dict(routes or {})
+        self.default = status(404)  # of the paths that have no route
         self.requests: list[Request] = []
         self._lock = threading.Lock()
         self._httpd = _HTTPServer(("127.0.0.1", port), _Handler)
@@ -77,7 +78,7 @@ class _Handler(BaseHTTPRequestHandler):
         headers = {name.lower(): value for name, value in self.headers.items()}
         with owner._lock:
             owner.requests.append(Request(self.command, self.path, headers))
-        route = owner.routes.get(self.path) or owner.routes.get(self.path.partition("?")[0]) or status(404)
+        route = owner.routes.get(self.path) or owner.routes.get(self.path.partition("?")[0]) or owner.default
         with contextlib.suppress(OSError):  # the client may leave at any time
             route(self)
 

@@ -16,7 +16,10 @@ from conftest import ROOT
 from huggingface_hub import ModelCard
 from PIL import Image
 
+import inference
+from captioning.data import images
 from captioning.data.folder import Split
+from captioning.model import parts
 from captioning.show import run_folder
 
 
@@ -71,6 +74,52 @@ def test_the_protocol_is_that_of_the_references_language(tmp_path):
     run_folder.write(tmp_path, madeup.run(split, predictions=dict.fromkeys(split.image_id, "红色的圆")), split)
     for file in ("README.md", "report.html", "results.json"):
         assert "characters as words, for a language without spaces" in (tmp_path / file).read_text(encoding="utf-8")
+
+
+@pytest.fixture
+def photographs(prepared, tmp_path):
+    """Drawn scenes as they come out of cameras, phones and drawing programs."""
+    from datasets import load_from_disk
+
+    scenes = iter(load_from_disk(str(prepared))["validation"]["image"])
+    for turn in range(1, 9):
+        exif = Image.Exif()
+        exif[0x0112] = turn
+        next(scenes).save(tmp_path / f"turned_{turn}.jpg", exif=exif)
+    for number in range(4):
+        scene = next(scenes)
+        scene.putalpha(Image.radial_gradient("L").resize(scene.size).rotate(90 * number))
+        scene.save(tmp_path / f"faded_{number}.png")
+    next(scenes).convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "palette.png", transparency=2)
+    for mode, name in (("LA", "grey.png"), ("L", "grey.jpg"), ("CMYK", "print.jpg"), ("RGB", "plain.png")):
+        next(scenes).convert(mode).save(tmp_path / name)
+    return sorted(tmp_path.iterdir())
+
+
+def test_the_model_cards_code_gives_the_captions_of_inference(trained, photographs, monkeypatch, tmp_path, capsys):
+    expected = tmp_path / "captions.json"
+    inference.main([f"--model_path={trained}", f"--output={expected}", "--image_path", *map(str, photographs)])
+    code = re.search(r"```python\n(.*?)```", (trained / "README.md").read_text(), re.DOTALL)[1]
+    once, _, each = code.rpartition("\n\n")
+    monkeypatch.chdir(trained)
+    names: dict = {}
+    exec(once, names)
+    capsys.readouterr()
+    for entry in json.loads(expected.read_text()):
+        assert '"photo.jpg"' in each
+        exec(each.replace('"photo.jpg"', repr(entry["path"])), names)
+        assert capsys.readouterr().out.split() == entry["caption"].split(), entry["path"]
+        assert names["image"] == images.open_image(entry["path"]), entry["path"]
+    assert "Tried with transformers 4.57" in (trained / "README.md").read_text()
+
+
+def test_transformers_4_knows_the_class_of_the_tokenizer(prepared, trained):
+    folders = [prepared, trained, *trained.glob("checkpoint-*")]
+    assert len(folders) > 2
+    for folder in folders:
+        settings = json.loads((folder / "tokenizer_config.json").read_text())
+        assert settings["tokenizer_class"] == "PreTrainedTokenizerFast"
+        assert parts.load_tokenizer(folder).eos_token == parts.END_OF_TEXT
 
 
 # ---- while it trains

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import re
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,6 +44,7 @@ from captioning.model.parts import (
     read_config,
     refuse_other_kinds,
     resolve,
+    save_tokenizer,
 )
 from captioning.model.weights import is_cross_attention, load_weights
 
@@ -326,6 +328,17 @@ def load(path: str | os.PathLike) -> Bundle:
     return Bundle(model.eval(), tokenizer, image_processor)
 
 
+def _named_as_before(model: VisionEncoderDecoderModel) -> dict[str, torch.Tensor]:
+    """The weights, those of CLIP's and SigLIP's encoders under the names that they have in transformers 4.
+
+    Version 5 reads both; it gives other encoders their old names by itself.
+    """
+    state = model.state_dict()
+    if model.encoder.config.model_type not in ("clip_vision_model", "siglip_vision_model"):
+        return state
+    return {re.sub(r"^encoder\.(?!vision_model\.)", "encoder.vision_model.", name): state[name] for name in state}
+
+
 def names_of(path: str | os.PathLike) -> dict[str, str]:
     """The names of a captioner's encoder and decoder: as train.py noted them in the folder, or their kinds."""
     folder = resolve(path, "--model_path", weights=False)
@@ -346,8 +359,9 @@ def save(bundle: Bundle, path: str | os.PathLike) -> None:
     part = Path(path, ".part")
     shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
     try:
-        for piece in (bundle.model, bundle.tokenizer, bundle.image_processor):
-            piece.save_pretrained(part)
+        bundle.model.save_pretrained(part, state_dict=_named_as_before(bundle.model))
+        save_tokenizer(bundle.tokenizer, part)
+        bundle.image_processor.save_pretrained(part)
         for file in part.iterdir():
             file.replace(Path(path, file.name))
     finally:

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from captioning import InputError
+from captioning.files import is_full_disk, write_whole
 
 ENCODER_PRESETS: dict[str, dict[str, Any]] = {
     # 64 patches of 8 px: 0.5 M parameters, for drawn scenes and tests.
@@ -87,13 +88,15 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
         weights: False fetches the configuration, tokenizer and preprocessor files only.
 
     Raises:
-        InputError: no such folder, no such id, or no network and the id was never fetched before.
+        InputError: no such folder, no such id, or no network and the id was never fetched before; or the hub refuses,
+            or goes away in the middle.
     """
     folder = Path(name)
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
         raise InputError(f"{what} '{name}' is not a folder, and not an id on the Hugging Face hub either")
+    from httpx2 import HTTPError
     from huggingface_hub import snapshot_download
 
     def fetch(*patterns: str) -> Path:
@@ -108,10 +111,25 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
         if weights and not any(folder.glob("*.safetensors")):
             folder = fetch("*.json", "*.txt", "pytorch_model*.bin")
         return folder
-    except (OSError, ValueError) as error:
-        reason = "is not on the Hugging Face hub" if _hub_is_reachable() else "is not here and the hub is not reachable"
+    except (OSError, ValueError, RuntimeError, HTTPError) as error:
+        if is_full_disk(error):
+            raise
         remedy = BUNDLE_HINT if what == "--model_path" else "name a local folder or a preset: tiny, small, base"
-        raise InputError(f"{what} '{name}' {reason} ({type(error).__name__}); {remedy}") from None
+        raise InputError(f"{what} '{name}' {_why_not_fetched(error, remedy)}") from None
+
+
+def _why_not_fetched(error: Exception, remedy: str) -> str:
+    """What the user is told of a fetch that failed: what happened, and what to do, by default `remedy`."""
+    from huggingface_hub import errors
+
+    kind = type(error).__name__
+    if isinstance(error, errors.GatedRepoError):
+        return f"asks for its terms to be accepted ({kind}); accept them on its page, then run 'hf auth login'"
+    if isinstance(error, (errors.RepositoryNotFoundError, errors.HFValidationError)):
+        return f"is not on the Hugging Face hub, or is private ({kind}); {remedy}"
+    if _hub_is_reachable():
+        return f"was not fetched in full: the Hugging Face hub does not answer ({kind}); run the same command again"
+    return f"is not here and the hub is not reachable ({kind}); {remedy}"
 
 
 def read_config(folder: Path, what: str):
@@ -204,6 +222,19 @@ def load_tokenizer(name: str | os.PathLike, what: str = "--decoder") -> PreTrain
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
+
+
+def save_tokenizer(tokenizer: PreTrainedTokenizerBase, folder: str | os.PathLike) -> None:
+    """Write a tokenizer's files, so that transformers 4 reads them as well.
+
+    Version 5 has a new name for the class of a tokenizer that belongs to no model, and still knows the old one.
+    """
+    tokenizer.save_pretrained(folder)
+    path = Path(folder, "tokenizer_config.json")
+    settings = json.loads(path.read_text(encoding="utf-8"))
+    if settings.get("tokenizer_class") == "TokenizersBackend":
+        settings["tokenizer_class"] = "PreTrainedTokenizerFast"
+        write_whole(path, json.dumps(settings, indent=2, ensure_ascii=False) + "\n")
 
 
 def train_tokenizer(captions: Iterable[str], vocab_size: int) -> PreTrainedTokenizerFast:

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from captioning.data.folder import Split
 
 GALLERY = 20  # images, the first ones of the test split
+TRIED_WITH = "4.57 and 5.23"  # where the model card's code gives the captions of inference.py
 
 
 @dataclass(frozen=True)
@@ -145,7 +146,7 @@ its settings.
 Protocol: {results["protocol"]}. A reference is a caption written by {wording.author(data["source"])}.
 
 ```python
-from PIL import Image
+from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
 
 folder = "."  # this one; or the id of this model on the Hugging Face Hub
@@ -153,17 +154,23 @@ model = VisionEncoderDecoderModel.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
 image_processor = AutoImageProcessor.from_pretrained(folder, backend="pil")
 
-image = Image.open("photo.jpg").convert("RGB")
+photo = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGBA")  # upright
+image = Image.new("RGB", photo.size, "white")
+image.paste(photo, mask=photo)  # what is transparent becomes white
 tokens = model.generate(**image_processor(image, return_tensors="pt"))
 print(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
 ```
+
+Tried with transformers {TRIED_WITH}. Version 5 has no `pipeline("image-to-text")` any more: use the code above.
 """
     return ModelCard(card).content
 
 
 def is_hub_id(name: str) -> bool:
     """Whether an encoder or decoder was named by its id on the Hugging Face Hub, not by a preset or a folder."""
-    return (bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+", name)) and not Path(name).exists()) or name == "gpt2"
+    if Path(name).exists():
+        return False
+    return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|(distil)?gpt2(-(medium|large|xl))?", name))
 
 
 def tensorboard_log(callbacks: Iterable[Any]) -> str | None:

@@ -23,6 +23,7 @@ from captioning import InputError
 from captioning.model.captioner import PARTS, Bundle, part_of
 from captioning.model.generate import decode, generate_tokens
 from captioning.model.packing import IGNORED, LabelledProjection, decoder_mask
+from captioning.model.parts import save_tokenizer
 from captioning.scores.metrics import coco_scores
 from captioning.training.arguments import Length, length
 from captioning.training.batches import Collator, LengthSampler
@@ -314,6 +315,7 @@ class CaptionTrainer(ResumableTrainer):
     def _save(self, output_dir=None, state_dict=None):
         """A checkpoint is a run folder too: `inference.py --model_path run/checkpoint-100` works."""
         super()._save(output_dir, state_dict)
+        save_tokenizer(self.bundle.tokenizer, output_dir or self.args.output_dir)
         self.bundle.image_processor.save_pretrained(output_dir or self.args.output_dir)
 
     def create_model_card(self, *args, **kwargs) -> None:
