@@ -69,7 +69,8 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
     # Model
     set_seed(training.seed)
     bundle, new, names = open_captioner(args, description)
-    splits = in_tokens_of(bundle.tokenizer, splits, description, say)
+    if args.model_path:
+        splits = in_tokens_of(bundle.tokenizer, splits, description, say)
     length = arguments.length(training, len(splits["train"]))
     frozen = length.updates(max(args.freeze_encoder, args.cross_attention_epochs)) >= length.total
     configure(bundle.model, args, training, frozen)
@@ -193,7 +194,7 @@ def open_captioner(
 
 
 def in_tokens_of(tokenizer, splits: Mapping[str, Split], description: Mapping[str, Any], say: Say) -> dict[str, Split]:
-    """The splits with captions in a tokenizer's own ids, which are those of the data as a rule."""
+    """The splits with captions in the ids of a captioner's own tokenizer, which need not be that of the data."""
     from captioning.data.folder import encode_captions
 
     most = description.get("max_length", DEFAULT_MAX_LENGTH)

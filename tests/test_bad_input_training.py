@@ -469,7 +469,7 @@ REFUSED: dict[str, Row] = {
     "pickled weights": (
         "inference",
         bundle(pickled),
-        r"holds pickled weights \(pytorch_model\.bin\), which can run code",
+        r"--model_path '.*run' lacks \d+ of its weights",
     ),
     "weights cut short": (
         "inference",

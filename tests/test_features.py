@@ -107,7 +107,7 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(bundle_and_data, tm
     resumed = compute(bundle, dataset, tmp_path / "resumed")
     assert np.array_equal(resumed, undisturbed)
     assert seen == [0, *range(12, 21)], "the first image tells the shape; the others go on after three whole batches"
-    assert {path.suffix for path in (tmp_path / "resumed").iterdir()} == {".npy", ".lock"}
+    assert {path.suffix for path in (tmp_path / "resumed").iterdir()} == {".npy"}
 
 
 def test_no_room_is_said_before_anything_is_computed(bundle_and_data, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 import torch
-from conftest import ROOT, contents
+from conftest import ROOT, contents, script
 from datasets import load_from_disk
 from forked import FORKS, Training, several
 from safetensors import SafetensorError
@@ -518,10 +518,15 @@ def little_memory(attribute: str):
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="only Linux counts and limits a process's memory so")
-def test_a_real_lack_of_memory_is_explained(few, tmp_path):
-    more = ["--encoder=small", "--per_device_train_batch_size=24", "--dataloader_num_workers=0"]
+def test_a_real_lack_of_memory_is_explained(tmp_path):
+    data = tmp_path / "data"
+    made = script(
+        "dataloader.py", "--sample", "--limit_data=40", "--encoder=small", "--decoder=tiny", f"--save_path={data}"
+    )
+    assert made.returncode == 0, made.stderr
+    more = ["--per_device_train_batch_size=24", "--dataloader_num_workers=0"]
     before = functools.partial(little_memory, "training_step")
-    run = Training(arguments(few, tmp_path / "run", *more), tmp_path / "log", before)
+    run = Training(arguments(data, tmp_path / "run", *more), tmp_path / "log", before)
     assert run.wait() == 2, run.said()
     assert run.said().rstrip().splitlines()[-1].startswith("train.py: error: out of memory in training; lower")
     assert "Traceback" not in run.said()

@@ -28,6 +28,7 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from captioning import InputError
+from captioning.cli import note
 from captioning.files import is_full_disk, write_whole
 
 ENCODER_PRESETS: dict[str, dict[str, Any]] = {
@@ -106,6 +107,8 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
         )
         return Path(folder)
 
+    if weights and _hub_is_reachable():
+        note(f"{what} '{name}': from the Hugging Face hub, or from its cache")
     try:
         folder = fetch("*.json", "*.txt", *(["*.safetensors"] if weights else []))
         if weights and not any(folder.glob("*.safetensors")):
