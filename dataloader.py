@@ -3,7 +3,7 @@
     python dataloader.py --limit_data 2000                         # fetches what it needs of COCO 2014
     python dataloader.py --coco_dir /data/coco2014                 # a COCO 2014 you have
     python dataloader.py --karpathy_json dataset_coco.json --image_dir /data/coco2014 --limit_data 0
-    python dataloader.py --sample --encoder tiny --decoder tiny    # drawn scenes, no network
+    python dataloader.py --sample --encoder mit --decoder tiny     # drawn scenes, no network
 
 Writes one row per image (`image_id`, `file_name`, `image`, `captions`, `labels`) in the splits train, validation and
 test, with the tokenizer, the image processor and `dataset.json`, which says how the folder was made.
@@ -57,7 +57,7 @@ class Arguments:
     encoder: str = flag(
         "google/vit-base-patch16-224-in21k",
         FORM,
-        "decides the image size: a hub id, a folder, or a preset (tiny, small, base)",
+        "decides the image size: a hub id, a folder, or a preset (mit, tiny, small, base)",
     )
     decoder: str = flag(
         "gpt2",
@@ -174,7 +174,7 @@ def read_source(args: Arguments, work: Path, client: download.Client) -> tuple[d
     """The records to choose from, by pool, and a name for where they come from."""
     if args.sample:
         karpathy = scenes.draw(work / "sample")
-        return read_karpathy(karpathy, karpathy.parent), "drawn scenes"
+        return read_karpathy(karpathy, karpathy.parent), scenes.SOURCE
     if args.karpathy_json and args.image_dir:
         return read_karpathy(args.karpathy_json, args.image_dir), f"Karpathy file {args.karpathy_json.name}"
     if args.coco_dir:

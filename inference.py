@@ -378,6 +378,7 @@ def json_line(entry: dict[str, Any]) -> str:
 
 def score(args: Arguments) -> int:
     """Score a run folder, or a results file, on a split of `--data_path`."""
+    from captioning.data.facts import more_scores
     from captioning.data.folder import load_prepared
     from captioning.scores import metrics
 
@@ -398,6 +399,8 @@ def score(args: Arguments) -> int:
         cli.note(f"captions written to {file}")
         target = file.with_name(f"scored_{args.split}_per_image.json")
     scores, per_image = metrics.coco_scores(predictions, references, per_image=True)
+    for name, compute in more_scores(description["source"]).items():
+        scores[name] = compute(predictions, references)
     each = [{"image_id": key, "caption": predictions[key], **values} for key, values in per_image.items()]
     write_json(target, sorted(each, key=lambda row: row["cider_d"]))
     cli.note(f"scores of each image, the worst first, written to {target}")

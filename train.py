@@ -3,7 +3,7 @@
     python train.py --data_path ./processed_data --epochs 10                    # one GPU, or the CPU
     accelerate launch --multi_gpu train.py --data_path ./processed_data         # every GPU of the machine
     accelerate launch --num_processes 2 --cpu train.py --data_path ./processed_data
-    python train.py --encoder tiny --decoder tiny --epochs 22    # random weights, for a try
+    python train.py --epochs 12 --per_device_train_batch_size 8                 # on drawn scenes, for a try
 
 Writes the run folder: model, tokenizer, image processor, checkpoints, results.json, predictions_test.json,
 report.html, training_curves.png, gallery.png, README.md. The table of test scores goes to stdout.
@@ -96,7 +96,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
         cache_features(bundle, datasets, args, training, say)
 
     # Training
-    trainer = make_trainer(bundle, datasets, rates, args, training, say)
+    trainer = make_trainer(bundle, datasets, rates, args, training, description["source"], say)
     checkpoint = args.checkpoint()
     if checkpoint:
         say(f"going on from {checkpoint}")
@@ -117,8 +117,9 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
     if trainer.is_world_process_zero():
         kept_bundle = captioner.load(args.output_dir)
         kept_bundle.to(training.device)
-        validation, _ = score(kept_bundle, splits["validation"], "validation", losses)
-        test, predictions = score(kept_bundle, splits["test"], "test", losses)
+        source = description["source"]
+        validation, _ = score(kept_bundle, splits["validation"], "validation", losses, source)
+        test, predictions = score(kept_bundle, splits["test"], "test", losses, source)
         # Epochs, or true for all of them: infinity is no JSON.
         run = run_folder.Run(
             predictions=predictions,
@@ -311,9 +312,11 @@ def make_trainer(
     rates: Mapping[str, float],
     args: arguments.Arguments,
     training: Seq2SeqTrainingArguments,
+    source: str,
     say: Say,
 ) -> CaptionTrainer:
     """The trainer, and a line on each thing that was decided for it."""
+    from captioning.data.facts import more_scores
     from captioning.model.packing import can_pack
     from captioning.scores.reward import CiderReward
     from captioning.training.batches import Collator, LengthSampler
@@ -356,6 +359,7 @@ def make_trainer(
         rates,
         {"encoder": max(args.freeze_encoder, args.cross_attention_epochs), "decoder": args.cross_attention_epochs},
         self_critical,
+        more_scores(source),
         args=training,
         data_collator=Collator(bundle.model.config.decoder_start_token_id, bundle.tokenizer.pad_token_id, packed),
         train_dataset=datasets["train"],
@@ -367,16 +371,18 @@ def make_trainer(
 
 
 def score(
-    bundle: Bundle, split: Split, name: str, losses: Mapping[str, float]
+    bundle: Bundle, split: Split, name: str, losses: Mapping[str, float], source: str
 ) -> tuple[dict[str, float], dict[int, str]]:
     """The scores of a split, and its captions by image id: those that inference.py gives."""
+    from captioning.data.facts import more_scores
     from captioning.model.generate import caption_all
     from captioning.scores.metrics import coco_scores
 
     pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
     predictions = caption_all(bundle, pictures, len(split), f"captions of {name}")
     references = dict(zip(split.image_id, split.captions, strict=True))
-    return {"loss": losses[name], **coco_scores(predictions, references)}, predictions
+    more = {key: compute(predictions, references) for key, compute in more_scores(source).items()}
+    return {"loss": losses[name], **coco_scores(predictions, references), **more}, predictions
 
 
 def table(validation: Mapping[str, float], test: Mapping[str, float]) -> str:

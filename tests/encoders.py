@@ -11,11 +11,15 @@ from transformers import (
     DeiTModel,
     Dinov2Config,
     Dinov2Model,
+    SegformerConfig,
+    SegformerModel,
     SwinConfig,
     SwinModel,
     ViTConfig,
     ViTModel,
 )
+
+from captioning.model import parts
 
 SIDE = 32
 PLAIN = {
@@ -34,6 +38,7 @@ ENCODERS = {
     "swin": lambda: SwinModel(
         SwinConfig(image_size=SIDE, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2], window_size=4)
     ),
+    "segformer": lambda: SegformerModel(SegformerConfig(**parts.ENCODER_PRESETS["mit"] | {"image_size": SIDE})),
     "clip vision": lambda: CLIPVisionModel(CLIPVisionConfig(**PLAIN)),
     "clip": lambda: CLIPModel(
         CLIPConfig(

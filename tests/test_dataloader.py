@@ -229,10 +229,10 @@ def test_a_killed_process_ends_the_run_in_one_sentence(coco_dir, tmp_path, monke
 
 def test_the_sample_as_a_user_prepares_it(prepared):
     splits = load_from_disk(str(prepared))
-    assert {name: len(rows) for name, rows in splits.items()} == {"train": 900, "validation": 80, "test": 120}
+    assert {name: len(rows) for name, rows in splits.items()} == {"train": 1800, "validation": 80, "test": 120}
     assert all(len(captions) == len(set(captions)) == 5 for captions in splits["train"]["captions"])
     summary = (prepared.parent / "stdout.txt").read_text()
-    for expected in ("900 images", "4,500 captions", "12 mode L", "kB per image", "example: COCO_train2014_"):
+    for expected in ("1,800 images", "9,000 captions", "12 mode L", "kB per image", "example: COCO_train2014_"):
         assert expected in summary
     assert len(list((prepared / "sample" / "test2014").glob("*.jpg"))) == 8
 

@@ -291,3 +291,9 @@ def test_a_real_encoder_is_explained(shared, tokenizer):
     explanation = explain.explain(bundle, images.open_image(photo))
     assert {word.attention.shape for word in explanation.words} == {(16, 16)}
     assert explanation.region[0] > 0  # the image processor crops
+
+
+def test_the_grid_of_a_preset_that_has_no_patch_size(tokenizer):
+    encoder = captioner.build("mit", "tiny", tokenizer).encoder
+    tokens = encoder(torch.zeros(1, 3, 60, 60)).last_hidden_state.shape[1]
+    assert explain.patch_grid(tokens, (60, 60), encoder.config) == (6, 6)

@@ -528,7 +528,7 @@ def test_the_run_folder_is_complete(trained, prepared):
 
     results = json.loads((trained / "results.json").read_text())
     assert results["test"]["images"] == 120 and results["validation"]["images"] == 80
-    assert {"loss", "bleu_4", "rouge_1", "rouge_2", "rouge_l", "cider_d"} <= set(results["test"])
+    assert {"loss", "bleu_4", "rouge_1", "rouge_2", "rouge_l", "cider_d", "facts_right"} <= set(results["test"])
     assert "official COCO" in results["protocol"]
     assert results["recipe"]["augment"] == 0 and results["recipe"]["packing"] is True
     predictions = json.loads((trained / "predictions_test.json").read_text())
@@ -537,7 +537,7 @@ def test_the_run_folder_is_complete(trained, prepared):
     assert all(set(entry) == {"image_id", "caption"} for entry in predictions)
     # stdout holds the table and nothing else; what was decided is on stderr.
     out = (trained.parent / "stdout.txt").read_text().splitlines()
-    assert len(out) == 11 and out[0].split() == ["validation", "test"]
+    assert len(out) == 12 and out[0].split() == ["validation", "test"]
     err = (trained.parent / "stderr.txt").read_text()
     for said in (
         "data: ",
@@ -547,7 +547,7 @@ def test_the_run_folder_is_complete(trained, prepared):
         "epoch 2  validation loss",
     ):
         assert said in err
-    assert re.search(r"training: +100%.* 30/30 .*(update/s|s/update), loss \d", err), "a bar with the rate, to its end"
+    assert re.search(r"training: +100%.* 58/58 .*(update/s|s/update), loss \d", err), "a bar with the rate, to its end"
 
 
 def test_the_best_checkpoint_is_the_one_that_is_kept(prepared, tmp_path):
@@ -684,7 +684,7 @@ def test_two_processes_train_as_one_does(prepared, tmp_path):
     )
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((folder / "results.json").read_text())
-    assert results["step"] == 6
+    assert results["step"] == 12
     assert len(json.loads((folder / "predictions_test.json").read_text())) == 120
     assert "2 process(es)" in done.stderr and "150 images per update" in done.stderr
     assert done.stdout.count("cider_d") == 1, "one process speaks for all"

@@ -16,6 +16,7 @@ from typing import Any
 
 from PIL import Image, ImageDraw
 
+SOURCE = "drawn scenes"  # in dataset.json
 SIDE = 128  # pixels
 COLOURS = {
     "red": (214, 40, 40),
@@ -26,13 +27,13 @@ COLOURS = {
     "black": (25, 25, 25),
 }
 SHAPES = ("circle", "square", "triangle", "star")
-BACKGROUNDS = {"white": (250, 250, 250), "grey": (186, 186, 190)}
+BACKGROUNDS = {"white": (250, 250, 250), "grey": (200, 200, 204)}
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 RELATIONS = {"left of": "right of", "right of": "left of", "above": "below", "below": "above"}
 
 SIZES = ("small", "large")
 THINGS = [(colour, shape) for colour in COLOURS for shape in SHAPES]
-SPLITS = {"train": 900, "val": 80, "test": 120}
+SPLITS = {"train": 1_800, "val": 80, "test": 120}
 GRAYSCALE = {"train": 9, "val": 3}  # files of mode L, so that the RGB filter has work
 UNLABELLED = 8  # images in test2014, without captions as in COCO itself
 
@@ -102,7 +103,7 @@ def _choose(rng: random.Random, others: int, step: int, unseen: bool) -> tuple[i
 def _draw_one(rng: random.Random, background: str, unseen: bool) -> Scene:
     thing, number = _choose(rng, len(SIZES), 3, unseen)
     (colour, shape), size = THINGS[thing], SIZES[number]
-    radius = rng.uniform(18, 22) if size == "small" else rng.uniform(36, 44)
+    radius = rng.uniform(21, 24) if size == "small" else rng.uniform(40, 45)
     centre = (rng.uniform(radius + 4, SIDE - radius - 4), rng.uniform(radius + 4, SIDE - radius - 4))
     captions = [
         f"A {size} {colour} {shape} on a {background} background.",
@@ -117,8 +118,8 @@ def _draw_one(rng: random.Random, background: str, unseen: bool) -> Scene:
 def _draw_several(rng: random.Random, background: str, unseen: bool) -> Scene:
     thing, count = _choose(rng, len(NUMBERS), 2, unseen)
     (colour, shape), count = THINGS[thing], sorted(NUMBERS)[count]
-    corners = rng.sample([(34, 34), (94, 34), (34, 94), (94, 94)], count)
-    items = [(colour, shape, (x + rng.uniform(-6, 6), y + rng.uniform(-6, 6)), rng.uniform(20, 25)) for x, y in corners]
+    corners = rng.sample([(33, 33), (95, 33), (33, 95), (95, 95)], count)
+    items = [(colour, shape, (x + rng.uniform(-3, 3), y + rng.uniform(-3, 3)), rng.uniform(22, 26)) for x, y in corners]
     number = NUMBERS[count]
     captions = [
         f"{number.capitalize()} {colour} {shape}s on a {background} background.",
@@ -135,7 +136,7 @@ def _draw_two(rng: random.Random, background: str, unseen: bool) -> Scene:
     while first == second:
         first, second = _choose(rng, len(THINGS), 1, unseen)
     relation = rng.choice(sorted(RELATIONS))
-    near, far, across = rng.uniform(28, 36), rng.uniform(92, 100), rng.uniform(50, 78)
+    near, far, across = rng.uniform(30, 34), rng.uniform(94, 98), rng.uniform(50, 78)
     along = (near, far) if relation in ("left of", "above") else (far, near)
     drift = rng.uniform(-6, 6)
     if relation in ("left of", "right of"):
@@ -143,7 +144,7 @@ def _draw_two(rng: random.Random, background: str, unseen: bool) -> Scene:
     else:
         centres = [(across, along[0]), (across + drift, along[1])]
     things = (THINGS[first], THINGS[second])
-    items = [(*thing, centre, rng.uniform(21, 26)) for thing, centre in zip(things, centres, strict=True)]
+    items = [(*thing, centre, rng.uniform(22, 27)) for thing, centre in zip(things, centres, strict=True)]
     a, b = (f"{colour} {shape}" for colour, shape in things)
     inverse = RELATIONS[relation]
     captions = [

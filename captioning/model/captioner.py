@@ -41,6 +41,7 @@ from captioning.model.parts import (
     encoder_config,
     load_image_processor,
     load_tokenizer,
+    preset_config,
     read_config,
     refuse_other_kinds,
     resolve,
@@ -79,7 +80,7 @@ class Bundle:
 def build_encoder(name: str) -> tuple[PreTrainedModel, set[str]]:
     """A vision encoder in float32 from a preset, a folder or a hub id, and the names of what is random in it."""
     if name in ENCODER_PRESETS:
-        encoder = ViTModel(ViTConfig(**ENCODER_PRESETS[name]))
+        encoder = AutoModel.from_config(preset_config(name))
         return encoder, set(encoder.state_dict())
     what = f"--encoder '{name}'"
     folder = resolve(name, "--encoder")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-DRAWN = "drawn scenes"  # the `source` in dataset.json of what `dataloader.py --sample` draws
+from captioning.data import scenes
 
 
 def author(source: str) -> str:
     """Who wrote the references of data from `source`."""
-    return "a program" if source == DRAWN else "a person"
+    return "a program" if source == scenes.SOURCE else "a person"
 
 
 def title(encoder: str, decoder: str) -> str:

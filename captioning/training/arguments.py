@@ -49,7 +49,9 @@ class Arguments:
         None, DATA, "continue from this checkpoint; auto: from the newest whole one", metavar="DIR"
     )
 
-    encoder: str | None = flag(None, MODEL, "a preset (tiny, small, base), folder or hub id (default: as in the data)")
+    encoder: str | None = flag(
+        None, MODEL, "a preset (mit, tiny, small, base), folder or hub id (default: as in the data)"
+    )
     decoder: str | None = flag(None, MODEL, "a preset (tiny, small, base), folder or hub id (default: as in the data)")
     model_path: str | None = flag(None, MODEL, "start from the captioner in this run folder", metavar="DIR")
     freeze_encoder: float = flag(

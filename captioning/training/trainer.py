@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -30,6 +30,9 @@ from captioning.training.batches import Collator, LengthSampler
 from captioning.training.progress import Progress, Throughput
 from captioning.training.resumable import ResumableTrainer
 from captioning.training.self_critical import SelfCritical, switch_off_dropout
+
+# {image id: caption}, {image id: its references} -> a score
+Score = Callable[[Mapping[int, str], Mapping[int, Sequence[str]]], float]
 
 
 def caption_loss(
@@ -93,6 +96,7 @@ class CaptionTrainer(ResumableTrainer):
         learning_rates: one for each of PARTS; `args.learning_rate` where a part has none.
         waiting: epochs at the start of training in which a part keeps its weights while the others move.
         self_critical: for the last epochs of training.
+        more_scores: what is computed of captions and references besides the official scores, by name.
         kwargs: those of `Seq2SeqTrainer`.
 
     Attributes:
@@ -110,6 +114,7 @@ class CaptionTrainer(ResumableTrainer):
         learning_rates: Mapping[str, float],
         waiting: Mapping[str, float] | None = None,
         self_critical: SelfCritical | None = None,
+        more_scores: Mapping[str, Score] | None = None,
         **kwargs,
     ):
         super().__init__(model=bundle.model, processing_class=bundle.tokenizer, compute_metrics=self._score, **kwargs)
@@ -120,6 +125,7 @@ class CaptionTrainer(ResumableTrainer):
         self.training_images = len(kwargs.get("train_dataset") or ())
         self.waiting = dict(waiting or {})
         self.self_critical = self_critical
+        self.more_scores = dict(more_scores or {})
         self.learning_rates = {part: learning_rates.get(part, self.args.learning_rate) for part in PARTS}
         self.projection = LabelledProjection(bundle.model.get_output_embeddings())
         self.predictions: dict[int, str] = {}
@@ -386,5 +392,7 @@ class CaptionTrainer(ResumableTrainer):
         if self._only_loss:
             return {"loss": loss}
         self.predictions = dict(zip(ids.tolist(), decode(self.bundle.tokenizer, tokens), strict=True))
-        scores = coco_scores(self.predictions, {image_id: self.references[image_id] for image_id in self.predictions})
+        references = {image_id: self.references[image_id] for image_id in self.predictions}
+        scores = coco_scores(self.predictions, references)
+        scores |= {name: score(self.predictions, references) for name, score in self.more_scores.items()}
         return {"loss": loss, **scores}
