@@ -49,6 +49,9 @@ _SIGNATURES = {
     b"GIF89a": "GIF",
     b"BM": "BMP",
 }
+# The endings of files that are looked for in folders; what a file is, its first bytes say.
+SUFFIXES = frozenset([".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp"])
+
 _UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
