@@ -249,14 +249,17 @@ def webdataset(tars: list[Path], root: Path) -> Iterator[Item]:
                         files[ending] = tar.extractfile(member).read()
                 yield from _sample(path, split, files)
         except tarfile.ReadError as error:
-            with path.open("rb") as file:
-                packed = file.read(2) == b"\x1f\x8b"
-            if packed:
-                raise InputError(f"'{path}' is compressed as a whole; run gunzip on it first") from None
             if not kept:
+                with path.open("rb") as file:
+                    packed = file.read(2) == b"\x1f\x8b"
+                if packed:
+                    raise InputError(f"'{path}' is compressed as a whole; run gunzip on it first") from None
                 raise InputError(f"'{path}' is not a tar, or damaged ({error}); get it again") from None
             yield from _sample(path, split, files)
-            cli.note(f"'{path}' is cut short ({error}): {kept:,} images in it are used")
+        with path.open("rb") as file:
+            file.seek(-512, os.SEEK_END)
+            if any(file.read()):  # a whole tar ends in zeros
+                cli.note(f"'{path}' is cut short: {kept:,} images in it are used")
 
 
 def _sample(path: Path, split: str, files: dict[str, Any]) -> Iterator[Item]:
