@@ -68,25 +68,12 @@ _SIGNATURES = {
 }
 FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF or JPEG 2000 image"
 # The endings of files that are looked for in folders; what a file is, its first bytes say.
-SUFFIXES = frozenset(
-    [
-        ".jpg",
-        ".jpeg",
-        ".jpe",
-        ".jfif",
-        ".png",
-        ".webp",
-        ".gif",
-        ".bmp",
-        ".tif",
-        ".tiff",
-        ".avif",
-        ".jp2",
-        ".j2k",
-        ".heic",
-        ".heif",
-    ]
-)
+SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")) | {
+    ".jp2",
+    ".j2k",
+    ".heic",
+    ".heif",
+}
 
 _UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
