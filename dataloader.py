@@ -24,7 +24,7 @@ from pathlib import Path
 
 from captioning import InputError, cli
 from captioning.cli import debug_flag, flag
-from captioning.data import choose, download, fetch, folder, images, scenes
+from captioning.data import audit, choose, download, fetch, folder, images, scenes
 from captioning.data.annotations import COCO_URL, read_coco, read_karpathy
 from captioning.data.recognise import join, recognise
 from captioning.data.records import Record
@@ -180,12 +180,13 @@ def prepare(args: Arguments, work: Path) -> str:
     prepare_image = functools.partial(choose.prepare_image, short_side=short_side, **convert)
     fetch_images = download.fetcher(client, args.cache_dir, args.skip_missing)
     chosen = choose.choose(order, draws, prepare_image, args.num_proc, writer.keep, fetch_images)
+    groups = chosen.groups()
     divided = {
-        pool: choose.divide(records, pool.split("+"), args.val_share, args.test_share)
+        pool: choose.divide(records, pool.split("+"), args.val_share, args.test_share, groups[pool])
         for pool, records in chosen.splits.items()
         if "+" in pool
     }
-    chosen.divide(divided)
+    groups = chosen.divide(divided, groups)
     choose.refuse_empty(chosen)
     if tokenizer is None:
         captions = (caption for record in chosen.splits["train"] for caption in record.captions)
@@ -205,9 +206,11 @@ def prepare(args: Arguments, work: Path) -> str:
 
     # Summary
     splits, _ = folder.load_prepared(work)
+    findings = audit.audit(chosen.splits, groups, bool(divided), chosen.broken())
     if args.preview:
-        draw_preview(args.preview, splits, chosen)
-    return summarise(args, work, splits, chosen, truncated)
+        draw_preview(args.preview, splits, chosen, findings)
+    lines = [finding.line() for finding in findings] or ["nothing odd was found"]
+    return "\n".join([summarise(args, work, splits, chosen, truncated), *(f"audit: {line}" for line in lines)])
 
 
 def read_source(args: Arguments, work: Path, client: download.Client) -> tuple[dict[str, list[Record]], str]:
@@ -287,10 +290,11 @@ def summarise(
         f"{truncated:,} captions truncated to {args.max_length}"
     )
     reasons = ", ".join(
-        f"{count:,} {reason} (such as {cli.printable(chosen.examples[reason][0].file_name)})"
+        f"{count:,} {reason} (such as {cli.printable(str(chosen.example(reason)))})"
         for reason, count in sorted(chosen.dropped.items())
     )
-    lines.append(f"dropped: {reasons or 'nothing'}")
+    advice = "; --convert_rgb keeps images of other modes" if "mode " in reasons else ""
+    lines.append(f"dropped: {reasons or 'nothing'}{advice}")
     size = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
     lines.append(f"size: {size / 1e6:,.1f} MB, {size / 1e3 / total:,.1f} kB per image")
     first = splits["train"].select([0])
@@ -300,25 +304,33 @@ def summarise(
     return "\n".join(lines)
 
 
-def draw_preview(path: Path, splits: dict[str, folder.Split], chosen: choose.Chosen) -> None:
-    """Write `--preview`: the first images of each split, and the first that were dropped for each reason."""
+def draw_preview(
+    path: Path, splits: dict[str, folder.Split], chosen: choose.Chosen, findings: list[audit.Finding]
+) -> None:
+    """Write `--preview`: the first images of each split, the first dropped for each reason, and the audit."""
     from captioning.show import pages
 
-    kept, dropped = [], []
+    kept, dropped, odd = [], [], []
     for name, split in splits.items():
         first = split.select(range(min(choose.EXAMPLES, len(split))))
-        for index, image_id in enumerate(first.image_id):
-            title = f"{name}, image {image_id}"
+        for index, file_name in enumerate(first.file_name):
+            title = f"{name}, {cli.printable(file_name)}"
             kept.append({"image": first.image(index), "title": title, "caption": first.captions[index][0]})
     for reason, records in sorted(chosen.examples.items()):
         for record in records:
             try:
-                picture = images.open_image(record.path, min_side=256)
+                picture = images.to_rgb(images.decode(record.read(), record.file_name, min_side=256))
             except InputError:
                 picture = None
-            dropped.append({"image": picture, "title": f"image {record.image_id}", "reason": reason})
+            dropped.append({"image": picture, "title": cli.printable(record.file_name), "reason": reason})
+    for finding in findings:
+        for pair in finding.pairs[:2]:
+            for (name, row), (other, other_row) in (pair, pair[::-1]):
+                title = f"{name}, {cli.printable(splits[name].file_name[row])}"
+                reason = f"nearly the same as {other}, {cli.printable(splits[other].file_name[other_row])}"
+                odd.append({"image": splits[name].image(row), "title": title, "reason": reason})
     counts = sum(map(len, splits.values())), sum(chosen.dropped.values())
-    pages.draw_contact_sheet(kept, dropped, path, counts)
+    pages.draw_contact_sheet(kept, dropped, path, counts, odd, [finding.line() for finding in findings])
     cli.note(f"preview written to {path}")
 
 

@@ -25,7 +25,8 @@ from dataclasses import dataclass, field
 from PIL import Image
 
 from captioning import InputError, cli
-from captioning.data import images
+from captioning.data import images, near
+from captioning.data.audit import Finding
 from captioning.data.records import Record
 
 SPLITS = ("train", "validation", "test")
@@ -152,11 +153,18 @@ def divide(
     wanted = {split: max(1, round(len(records) * share)) for split, share in shares.items() if split in targets}
     of_group: dict[int, str] = {}
     # Images that are alone come first, so that validation and test get the number that is wanted.
-    for group in sorted(dict.fromkeys(groups), key=lambda group: sizes[group]):
-        split = next((split for split, count in wanted.items() if count > 0), targets[0])
+    in_order = sorted(dict.fromkeys(groups), key=lambda group: sizes[group])
+    for group in in_order:
+        split = next((split for split, count in wanted.items() if count >= sizes[group]), targets[0])
         of_group[group] = split
         if split in wanted:
             wanted[split] -= sizes[group]
+    for split in wanted:
+        if split not in of_group.values():  # every group is too large: the smallest has to do
+            smallest = next((group for group in in_order if of_group[group] == targets[0]), in_order[0])
+            of_group[smallest] = split
+    if targets[0] not in of_group.values() and len(in_order) < len(records):  # too few groups for so many splits
+        return divide(records, targets, val_share, test_share)
     return [of_group[group] for group in groups]
 
 
@@ -167,6 +175,7 @@ class Prepared:
     data: bytes = b""
     dropped: str = ""
     detail: str = ""  # why it is unreadable
+    sketch: bytes = b""  # what finds images that are nearly the same
 
 
 def prepare_image(record: Record, short_side: int, convert_rgb: bool = False) -> Prepared:
@@ -197,7 +206,8 @@ def prepare_image(record: Record, short_side: int, convert_rgb: bool = False) ->
         picture = picture.resize((width, height), Image.Resampling.BICUBIC)
     encoded = io.BytesIO()
     picture.save(encoded, "JPEG", quality=JPEG_QUALITY)
-    return Prepared(min(data, encoded.getvalue(), key=len) if as_it_is else encoded.getvalue())
+    smallest = min(data, encoded.getvalue(), key=len) if as_it_is else encoded.getvalue()
+    return Prepared(smallest, sketch=near.sketch_of(picture))
 
 
 @dataclass
@@ -207,14 +217,36 @@ class Chosen:
     splits: dict[str, list[Record]] = field(default_factory=dict)
     dropped: Counter[str] = field(default_factory=Counter)  # reason -> images
     examples: dict[str, list[Record]] = field(default_factory=dict)  # reason -> the first EXAMPLES of them
+    sketches: dict[str, list[bytes]] = field(default_factory=dict)  # of the images of `splits`
     details: dict[str, str] = field(default_factory=dict)  # reason -> what exactly is wrong with the first of them
 
-    def divide(self, divided: Mapping[str, Sequence[str]]) -> None:
-        """Give the records of pools to their splits."""
-        for pool, splits in divided.items():
-            for record, split in zip(self.splits.pop(pool), splits, strict=True):
-                self.splits.setdefault(split, []).append(record)
-        self.splits = {split: self.splits.get(split, []) for split in SPLITS}
+    def groups(self) -> dict[str, list[int]]:
+        """The number of each image's group in `splits`: images that are nearly the same have one number."""
+        numbers = iter(near.find_groups(list(itertools.chain(*self.sketches.values()))))
+        return {split: list(itertools.islice(numbers, len(own))) for split, own in self.sketches.items()}
+
+    def divide(self, divided: Mapping[str, Sequence[str]], groups: dict[str, list[int]]) -> dict[str, list[int]]:
+        """Give the records of pools to their splits; returns `groups` likewise."""
+        new: dict[str, list[int]] = {split: [] for split in SPLITS}
+        records: dict[str, list[Record]] = {split: [] for split in SPLITS}
+        for pool, own in self.splits.items():
+            splits = divided.get(pool) or itertools.repeat(pool, len(own))
+            for record, split, group in zip(own, splits, groups[pool], strict=True):
+                records[split].append(record)
+                new[split].append(group)
+        self.splits, self.sketches = records, {}
+        return new
+
+    def example(self, reason: str) -> str:
+        """The first image that was dropped for a reason: its name, or where it was looked for."""
+        first = self.examples[reason][0]
+        return f"{first.file_name}, looked for at '{first.path}'" if reason == "missing" else first.file_name
+
+    def broken(self) -> Finding:
+        """The images that could not be read."""
+        first = self.examples.get("unreadable", [])
+        detail = f"{first[0].file_name}: {self.details['unreadable']}" if first else ""
+        return Finding(self.dropped["unreadable"], "broken images", "left out", [detail])
 
     def drop(self, record: Record, reason: str, detail: str = "") -> None:
         self.details.setdefault(reason, detail)
@@ -247,7 +279,7 @@ def choose(
     """
     from tqdm import tqdm
 
-    chosen = Chosen({draw.split: [] for draw in draws})
+    chosen = Chosen({draw.split: [] for draw in draws}, sketches={draw.split: [] for draw in draws})
     fetch(pools.first_choice(draws))
 
     def take(draw: Draw, pool: str) -> None:
@@ -264,6 +296,8 @@ def choose(
                     continue
                 keep(draw.split, record, image.data)
                 chosen.splits[draw.split].append(record)
+                # Of very many images a hash is all that is compared.
+                chosen.sketches[draw.split].append(image.sketch if total <= near.MOST else image.sketch[: near.HASH])
                 draw.wanted -= 1
                 bar.update()
 
