@@ -71,6 +71,13 @@ class Arguments:
     limit_data: int = flag(2000, CHOICE, "images in all; 0: every image", metavar="N")
     val_share: float = flag(0.1, CHOICE, "share of the images for validation")
     test_share: float = flag(0.1, CHOICE, "share of the images for test")
+    shard: str | None = flag(
+        None,
+        CHOICE,
+        "prepare one of N equal parts, as many machines may do at a time: 1/4 is the first of four; train.py "
+        "--data_path takes all parts together",
+        metavar="I/N",
+    )
     seed: int = flag(0, CHOICE, "decides which images are chosen")
 
     convert_rgb: bool = flag(
@@ -114,6 +121,10 @@ class Arguments:
             raise InputError(
                 f"--val_share {self.val_share} and --test_share {self.test_share} leave no images to train on"
             )
+        if self.shard is not None and self.part is None:
+            raise InputError(f"--shard {self.shard} is not a part such as 1/4, the first of four")
+        if self.part and 0 < self.limit_data < 3 * self.part[1]:
+            raise InputError(f"--limit_data {self.limit_data} is too few for {self.part[1]} parts; each needs 3 images")
         if self.max_length < 2:
             raise InputError(
                 f"--max_length {self.max_length} leaves no room for a word and the end token; give 2 or more"
@@ -135,6 +146,14 @@ class Arguments:
         if scheme.lower() not in ("http", "https") or not host:
             raise InputError(f"--coco_url {fetch.shown(self.coco_url)} is not an http or https address")
 
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """`--shard` as two numbers."""
+        number, _, parts = (self.shard or "").partition("/")
+        if number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts):
+            return int(number), int(parts)
+        return None
+
 
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse(Arguments, argv, "Prepare COCO 2014 for captioning: RGB images only, subsampled, tokenised.")
@@ -155,7 +174,14 @@ def prepare(args: Arguments, work: Path) -> str:
         for pool in pools:
             if "+" in pool:
                 cli.note(f"{len(pools[pool]):,} images are divided among {pool.replace('+', ', ')}")
-    draws = choose.plan(pools, args.limit_data, args.val_share, args.test_share)
+    limit, captions = args.limit_data, None
+    if args.part:
+        part, parts = args.part
+        # Every part learns the same tokenizer, from the captions of all of them.
+        captions = [c for name in pools if "train" in name for record in pools[name] for c in record.captions]
+        pools = {name: records[part - 1 :: parts] for name, records in pools.items()}
+        limit = len(range(part - 1, limit, parts))
+    draws = choose.plan(pools, limit, args.val_share, args.test_share)
     cli.note(f"{source}: {sum(map(len, pools.values())):,} images to choose from")
 
     # Model: its image size, its tokenizer
@@ -189,7 +215,7 @@ def prepare(args: Arguments, work: Path) -> str:
     groups = chosen.divide(divided, groups)
     choose.refuse_empty(chosen)
     if tokenizer is None:
-        captions = (caption for record in chosen.splits["train"] for caption in record.captions)
+        captions = captions or (caption for record in chosen.splits["train"] for caption in record.captions)
         tokenizer = parts.train_tokenizer(captions, parts.VOCABULARY[args.decoder])
     cli.note(f"tokenizer: {len(tokenizer):,} tokens, {args.decoder}")
 
@@ -200,6 +226,7 @@ def prepare(args: Arguments, work: Path) -> str:
     image_processor.save_pretrained(work)
     names = ("limit_data", "val_share", "test_share", "seed", "encoder", "decoder", "center_crop", "max_length")
     settings = {name: getattr(args, name) for name in names}
+    settings |= {name: getattr(args, name) for name in ("shard", "convert_rgb") if getattr(args, name)}
     counts = {split: len(records) for split, records in chosen.splits.items()}
     description = folder.describe(source, counts, settings, truncated, chosen.dropped)
     (work / folder.DESCRIPTION).write_text(description, encoding="utf-8")

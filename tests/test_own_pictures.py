@@ -1,5 +1,6 @@
 """`--data PATH`: every form of one set of images gives the same rows; what is not known is refused in one sentence."""
 
+import shutil
 import unicodedata
 from collections import Counter
 
@@ -9,7 +10,9 @@ from conftest import run
 from datasets import load_from_disk
 from httpserver import Server, body
 
+import dataloader
 from captioning import InputError
+from captioning.data.folder import load_prepared
 from captioning.data.recognise import recognise
 from captioning.data.tables import Wanted
 
@@ -26,8 +29,6 @@ def expected(tmp_path_factory):
 
 def prepared(folder, *arguments):
     """file name -> (split, image id, captions, image bytes) of what dataloader.py makes."""
-    import dataloader
-
     words = [f"--data={argument}" if not str(argument).startswith("--") else argument for argument in arguments]
     assert dataloader.main([*words, *TINY, f"--save_path={folder / 'out'}"]) == 0
     found = {}
@@ -207,8 +208,6 @@ def test_a_limit_takes_its_share_of_each_pool(tmp_path):
     pictures = [p for p in PICTURES if p.split != "validation"]
     folder = own.FORMS["karpathy"](tmp_path, pictures)
     assert len(prepared(tmp_path, folder, "--limit_data=20")) == 54, "the last of two counts"
-    import dataloader
-
     dataloader.main([f"--data={folder}", *TINY, "--limit_data=20", f"--save_path={tmp_path / 'out'}"])
     counts = {split: len(rows) for split, rows in load_from_disk(str(tmp_path / "out")).items()}
     assert sum(counts.values()) == 20 and counts["test"] == 2 and counts["validation"] == 2
@@ -247,3 +246,60 @@ def test_a_tar_cut_short_gives_what_came_before(tmp_path, capsys):
     found = recognise(str(tmp_path), Wanted(), tmp_path, tmp_path)
     assert 20 < len(found.pools[""]) < 40
     assert "is cut short" in capsys.readouterr().err
+
+
+# Parts of a data set
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Two parts of a data set, and the whole of it."""
+    folder = tmp_path_factory.mktemp("parts")
+    data = own.FORMS["karpathy"](folder / "data", PICTURES)
+    for name, more in (("part-1", ["--shard=1/2"]), ("part-2", ["--shard=2/2"]), ("whole", [])):
+        dataloader.main([f"--data={data}", *TINY, *more, f"--save_path={folder / name}"])
+    dataloader.main([f"--data={data}", *TINY, "--shard=1/3", f"--save_path={folder / 'third'}"])
+    dataloader.main([f"--data={data}", *TINY, "--shard=2/2", "--max_length=9", f"--save_path={folder / 'short'}"])
+    return folder
+
+
+def test_parts_together_are_the_whole(parts):
+    splits, description = load_prepared([parts / "part-2", parts / "part-1"])
+    whole, expected = load_prepared(parts / "whole")
+    assert "shard" not in description and description == expected
+    for name, split in splits.items():
+        rows = {i: (split.file_name[n], split.captions[n]) for n, i in enumerate(split.image_id)}
+        assert rows == {
+            i: (whole[name].file_name[n], whole[name].captions[n]) for n, i in enumerate(whole[name].image_id)
+        }
+    assert (parts / "part-1" / "tokenizer.json").read_bytes() == (parts / "part-2" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["part-1", "whole"], "whole' is not a part of a data set"),
+        (["part-1", "part-1"], "names a part twice"),
+        (["part-1", "third"], "parts of 2 divisions"),
+        (["part-1", "short"], "has max_length 9, and .* 64; prepare all parts with the same arguments"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(names, message, parts):
+    with pytest.raises(InputError, match=message):
+        load_prepared([parts / name for name in names])
+
+
+def test_a_part_that_is_missing_is_named(parts, tmp_path):
+    for number in (1, 2):
+        shutil.copytree(parts / f"part-{number}", tmp_path / str(number))
+        file = tmp_path / str(number) / "dataset.json"
+        file.write_text(file.read_text().replace(f'"{number}/2"', f'"{number}/3"'))
+    with pytest.raises(InputError, match="part 3 of 3 is missing; prepare it with --shard 3/3"):
+        load_prepared([tmp_path / "1", tmp_path / "2"])
+
+
+@pytest.mark.parametrize("value", ["0/2", "3/2", "2", "a/b", "-1/2"])
+def test_a_part_that_cannot_be_is_refused(value, capsys):
+    with pytest.raises(SystemExit):
+        dataloader.main([f"--shard={value}", "--sample"])
+    assert f"--shard {value} is not a part such as 1/4" in capsys.readouterr().err

@@ -15,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -394,12 +396,66 @@ class Split:
             yield from table[column].chunks
 
 
-def load_prepared(folder: Path) -> tuple[dict[str, Split], dict[str, Any]]:
+def load_prepared(folders: Path | Sequence[Path]) -> tuple[dict[str, Split], dict[str, Any]]:
     """The splits train, validation and test of a folder that `dataloader.py` wrote, and its `dataset.json`.
 
+    Args:
+        folders: one, or the parts that `--shard` made of a data set, in any order.
+
     Raises:
-        InputError: it is no such folder, or not whole.
+        InputError: it is no such folder, or not whole; or the parts do not belong together, or one is missing.
     """
+    folders = [folders] if isinstance(folders, Path) else list(folders)
+    parts = [_load_one(folder) for folder in folders]
+    descriptions = [description for _, description in parts]
+    if len(parts) == 1:
+        return {name: Split(rows) for name, rows in parts[0][0].items()}, descriptions[0]
+    _refuse_strangers(folders, descriptions)
+    from datasets import concatenate_datasets
+
+    in_order = sorted(range(len(parts)), key=lambda at: int(descriptions[at]["shard"].split("/")[0]))
+    splits = {split: Split(concatenate_datasets([parts[at][0][split] for at in in_order])) for split in SPLITS}
+    whole = {key: value for key, value in descriptions[in_order[0]].items() if key != "shard"}
+    whole["images"] = {split: len(rows) for split, rows in splits.items()}
+    whole["captions_truncated"] = sum(description.get("captions_truncated", 0) for description in descriptions)
+    dropped = sum((Counter(description.get("dropped", {})) for description in descriptions), Counter())
+    return splits, {**whole, "dropped": dict(sorted(dropped.items()))}
+
+
+def _refuse_strangers(folders: Sequence[Path], descriptions: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse folders that are not all parts of one data set."""
+    first = descriptions[0]
+    shards = []
+    for folder, description in zip(folders, descriptions, strict=True):
+        if not re.fullmatch(r"\d+/\d+", str(description.get("shard"))):
+            raise InputError(
+                f"--data_path '{folder}' is not a part of a data set; give it alone, or prepare parts with --shard"
+            )
+        for key in sorted((set(first) | set(description)) - {"shard", "images", "captions_truncated", "dropped"}):
+            if description.get(key) != first.get(key):
+                raise InputError(
+                    f"--data_path '{folder}' has {key} {description.get(key)}, and '{folders[0]}' {first.get(key)}; "
+                    "prepare all parts with the same arguments"
+                )
+        for name in ("tokenizer.json", "preprocessor_config.json"):
+            ours, theirs = (place / name for place in (folder, folders[0]))
+            if not (ours.is_file() and theirs.is_file() and ours.read_bytes() == theirs.read_bytes()):
+                raise InputError(
+                    f"'{folder / name}' differs from that of '{folders[0]}'; prepare all parts from the same data"
+                )
+        shards.append(tuple(map(int, str(description["shard"]).split("/"))))
+    parts = shards[0][1]
+    missing = sorted(set(range(1, parts + 1)) - {part for part, _ in shards})
+    if len(set(shards)) < len(shards) or any(count != parts for _, count in shards):
+        raise InputError(
+            f"--data_path names a part twice, or parts of {len(set(shards))} divisions; give each part once"
+        )
+    if missing:
+        raise InputError(f"part {missing[0]} of {parts} is missing; prepare it with --shard {missing[0]}/{parts}")
+
+
+def _load_one(folder: Path) -> tuple[Mapping[str, datasets.Dataset], dict[str, Any]]:
+    """The rows of each split of one folder, and its `dataset.json`."""
     from datasets import load_from_disk
 
     description = read_json(folder / DESCRIPTION, AGAIN)
@@ -421,4 +477,4 @@ def load_prepared(folder: Path) -> tuple[dict[str, Split], dict[str, Any]]:
         raise InputError(f"'{folder}/{DESCRIPTION}' does not say '{min(missing)}'; {AGAIN}")
     if not isinstance(description["images"], dict) or set(splits) - set(description["images"]):
         raise InputError(f"'{folder}/{DESCRIPTION}' does not count each split's images; {AGAIN}")
-    return {name: Split(rows) for name, rows in splits.items()}, description
+    return splits, description
