@@ -1,6 +1,7 @@
-"""Stage 1: COCO 2014 -> RGB images only -> subsample -> a tokenised Hugging Face dataset on disk.
+"""Stage 1: COCO 2014 or your own pictures -> RGB images only -> subsample -> a tokenised Hugging Face dataset on disk.
 
     python dataloader.py --limit_data 2000                         # fetches what it needs of COCO 2014
+    python dataloader.py --data my_pictures --limit_data 0         # your own, in any of the usual forms
     python dataloader.py --coco_dir /data/coco2014                 # a COCO 2014 you have
     python dataloader.py --karpathy_json dataset_coco.json --image_dir /data/coco2014 --limit_data 0
     python dataloader.py --sample --encoder mit --decoder tiny     # drawn scenes, no network
@@ -11,6 +12,7 @@ test, with the tokenizer, the image processor and `dataset.json`, which says how
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import itertools
 import os
@@ -22,12 +24,17 @@ from pathlib import Path
 
 from captioning import InputError, cli
 from captioning.cli import debug_flag, flag
-from captioning.data import choose, download, fetch, folder, images, scenes
-from captioning.data.annotations import COCO_URL, Record, read_coco, read_karpathy
+from captioning.data import audit, choose, download, fetch, folder, images, scenes
+from captioning.data.annotations import COCO_URL, read_coco, read_karpathy
+from captioning.data.recognise import join, recognise
+from captioning.data.records import Record
+from captioning.data.tables import Wanted
 
 # For the check of free space, bytes: an image of COCO 2014, the captions of both parts, and a prepared image, which
 # is there twice before the folder is finished.
 FETCHED_SIZE, CAPTIONS_SIZE, PREPARED_SIZE = 165_000, 120_000_000, 2 * 30_000
+
+SPOOL = ".source"  # in the folder that is written: what a data set is kept in that does not lie on disk
 
 SOURCE = "where the images come from (default: COCO 2014 is fetched)"
 CHOICE = "which images"
@@ -36,9 +43,22 @@ FORM = "how they are stored"
 
 @dataclass(frozen=True)
 class Arguments:
+    data: list[str] | None = flag(
+        None,
+        SOURCE,
+        "your own pictures with captions: a folder, a table, a tar, a saved dataset, or a data set's id on the hub; "
+        "what lies there is recognised; several are joined",
+        metavar="PATH",
+        action="extend",
+    )
     coco_dir: Path | None = flag(None, SOURCE, "a COCO 2014 root: annotations/, train2014/, val2014/")
     karpathy_json: Path | None = flag(None, SOURCE, "a Karpathy file (dataset_coco.json, dataset_flickr8k.json)")
-    image_dir: Path | None = flag(None, SOURCE, "the images of --karpathy_json")
+    image_dir: Path | None = flag(None, SOURCE, "the images of --karpathy_json, or of --data where they lie elsewhere")
+    image_column: str | None = flag(None, SOURCE, "the column of --data that names the images (default: is found)")
+    caption_column: str | None = flag(None, SOURCE, "the column of captions (default: is found)")
+    split_column: str | None = flag(
+        None, SOURCE, "the column of train, val or test; none: there is none (default: is found)"
+    )
     sample: bool = flag(False, SOURCE, "draw a small data set instead; needs no network")
     coco_url: str = flag(COCO_URL, SOURCE, "the server that COCO 2014 is fetched from")
     cache_dir: Path = flag(
@@ -51,8 +71,18 @@ class Arguments:
     limit_data: int = flag(2000, CHOICE, "images in all; 0: every image", metavar="N")
     val_share: float = flag(0.1, CHOICE, "share of the images for validation")
     test_share: float = flag(0.1, CHOICE, "share of the images for test")
+    shard: str | None = flag(
+        None,
+        CHOICE,
+        "prepare one of N equal parts, as many machines may do at a time: 1/4 is the first of four; train.py "
+        "--data_path takes all parts together",
+        metavar="I/N",
+    )
     seed: int = flag(0, CHOICE, "decides which images are chosen")
 
+    convert_rgb: bool = flag(
+        False, FORM, "convert images that are grey, transparent, of a palette or for print (default: they are dropped)"
+    )
     save_path: Path = flag(Path("processed_data"), FORM, "the folder to write")
     encoder: str = flag(
         "google/vit-base-patch16-224-in21k",
@@ -91,6 +121,10 @@ class Arguments:
             raise InputError(
                 f"--val_share {self.val_share} and --test_share {self.test_share} leave no images to train on"
             )
+        if self.shard is not None and self.part is None:
+            raise InputError(f"--shard {self.shard} is not a part such as 1/4, the first of four")
+        if self.part and 0 < self.limit_data < 3 * self.part[1]:
+            raise InputError(f"--limit_data {self.limit_data} is too few for {self.part[1]} parts; each needs 3 images")
         if self.max_length < 2:
             raise InputError(
                 f"--max_length {self.max_length} leaves no room for a word and the end token; give 2 or more"
@@ -101,13 +135,24 @@ class Arguments:
             raise InputError(
                 f"--preview '{self.preview}' is a folder, or lies in none; name a PNG file in a folder that exists"
             )
-        if (self.karpathy_json is None) != (self.image_dir is None):
+        if (self.karpathy_json is None) != (self.image_dir is None) and not self.data:
             raise InputError("--karpathy_json and --image_dir belong together; give both")
-        if sum((self.coco_dir is not None, self.karpathy_json is not None, self.sample)) > 1:
-            raise InputError("--coco_dir, --karpathy_json and --sample exclude each other; give one")
+        if sum((bool(self.data), self.coco_dir is not None, self.karpathy_json is not None, self.sample)) > 1:
+            raise InputError("--data, --coco_dir, --karpathy_json and --sample exclude each other; give one")
+        for name in ("image_column", "caption_column", "split_column"):
+            if getattr(self, name) and not self.data:
+                raise InputError(f"--{name} belongs to --data; give that too")
         scheme, _, host = self.coco_url.partition("://")
         if scheme.lower() not in ("http", "https") or not host:
             raise InputError(f"--coco_url {fetch.shown(self.coco_url)} is not an http or https address")
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """`--shard` as two numbers."""
+        number, _, parts = (self.shard or "").partition("/")
+        if number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts):
+            return int(number), int(parts)
+        return None
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -124,7 +169,19 @@ def prepare(args: Arguments, work: Path) -> str:
     # Source
     client = download.Client()
     pools, source = read_source(args, work, client)
-    draws = choose.plan(pools, args.limit_data, args.val_share, args.test_share)
+    if "val2014" not in pools:
+        pools = choose.fill_splits(pools)
+        for pool in pools:
+            if "+" in pool:
+                cli.note(f"{len(pools[pool]):,} images are divided among {pool.replace('+', ', ')}")
+    limit, captions = args.limit_data, None
+    if args.part:
+        part, parts = args.part
+        # Every part learns the same tokenizer, from the captions of all of them.
+        captions = [c for name in pools if "train" in name for record in pools[name] for c in record.captions]
+        pools = {name: records[part - 1 :: parts] for name, records in pools.items()}
+        limit = len(range(part - 1, limit, parts))
+    draws = choose.plan(pools, limit, args.val_share, args.test_share)
     cli.note(f"{source}: {sum(map(len, pools.values())):,} images to choose from")
 
     # Model: its image size, its tokenizer
@@ -145,29 +202,42 @@ def prepare(args: Arguments, work: Path) -> str:
     order = choose.Pools(pools, args.seed)
     check_space(download.missing(order.first_choice(draws)), sum(draw.wanted for draw in draws), args)
     writer = folder.SplitWriter(work)
-    prepare_image = functools.partial(choose.prepare_image, short_side=short_side)
+    convert = {"convert_rgb": True} if args.convert_rgb else {}
+    prepare_image = functools.partial(choose.prepare_image, short_side=short_side, **convert)
     fetch_images = download.fetcher(client, args.cache_dir, args.skip_missing)
     chosen = choose.choose(order, draws, prepare_image, args.num_proc, writer.keep, fetch_images)
+    groups = chosen.groups()
+    divided = {
+        pool: choose.divide(records, pool.split("+"), args.val_share, args.test_share, groups[pool])
+        for pool, records in chosen.splits.items()
+        if "+" in pool
+    }
+    groups = chosen.divide(divided, groups)
+    choose.refuse_empty(chosen)
     if tokenizer is None:
-        captions = (caption for record in chosen.splits["train"] for caption in record.captions)
+        captions = captions or (caption for record in chosen.splits["train"] for caption in record.captions)
         tokenizer = parts.train_tokenizer(captions, parts.VOCABULARY[args.decoder])
     cli.note(f"tokenizer: {len(tokenizer):,} tokens, {args.decoder}")
 
     # Write
-    truncated = writer.finish(tokenizer, args.max_length)
+    truncated = writer.finish(tokenizer, args.max_length, divided)
+    shutil.rmtree(work / SPOOL, ignore_errors=True)
     parts.save_tokenizer(tokenizer, work)
     image_processor.save_pretrained(work)
     names = ("limit_data", "val_share", "test_share", "seed", "encoder", "decoder", "center_crop", "max_length")
     settings = {name: getattr(args, name) for name in names}
+    settings |= {name: getattr(args, name) for name in ("shard", "convert_rgb") if getattr(args, name)}
     counts = {split: len(records) for split, records in chosen.splits.items()}
     description = folder.describe(source, counts, settings, truncated, chosen.dropped)
     (work / folder.DESCRIPTION).write_text(description, encoding="utf-8")
 
     # Summary
     splits, _ = folder.load_prepared(work)
+    findings = audit.audit(chosen.splits, groups, bool(divided), chosen.broken())
     if args.preview:
-        draw_preview(args.preview, splits, chosen)
-    return summarise(args, work, splits, chosen, truncated)
+        draw_preview(args.preview, splits, chosen, findings)
+    lines = [finding.line() for finding in findings] or ["nothing odd was found"]
+    return "\n".join([summarise(args, work, splits, chosen, truncated), *(f"audit: {line}" for line in lines)])
 
 
 def read_source(args: Arguments, work: Path, client: download.Client) -> tuple[dict[str, list[Record]], str]:
@@ -175,11 +245,26 @@ def read_source(args: Arguments, work: Path, client: download.Client) -> tuple[d
     if args.sample:
         karpathy = scenes.draw(work / "sample")
         return read_karpathy(karpathy, karpathy.parent), scenes.SOURCE
+    cache = args.cache_dir.expanduser()
+    if args.data:
+        wanted = Wanted(args.image_column or "", args.caption_column or "", args.split_column or "", args.image_dir)
+        found = [recognise(path, wanted, cache, work / SPOOL / str(at)) for at, path in enumerate(args.data)]
+        for one in found:
+            cli.note(cli.printable(one.line))
+        return join(found), " and ".join(one.form for one in found)
+    # The original's flags take every form too; where none fits, the reader of theirs says what is wrong.
     if args.karpathy_json and args.image_dir:
+        with contextlib.suppress(InputError):
+            found = recognise(str(args.karpathy_json), Wanted(image_dir=args.image_dir), cache, work / SPOOL)
+            return found.pools, found.form
         return read_karpathy(args.karpathy_json, args.image_dir), f"Karpathy file {args.karpathy_json.name}"
     if args.coco_dir:
+        if args.coco_dir.is_dir() and not any((args.coco_dir / name).exists() for name in download.ANNOTATIONS):
+            with contextlib.suppress(InputError):
+                found = recognise(str(args.coco_dir), Wanted(), cache, work / SPOOL)
+                return found.pools, found.form
         return read_coco(args.coco_dir), "COCO 2014 from a folder"
-    url, cache = args.coco_url.rstrip("/"), args.cache_dir.expanduser()
+    url = args.coco_url.rstrip("/")
     existing = next(path for path in (cache, *cache.parents) if path.exists())
     if not existing.is_dir():
         raise InputError(f"--cache_dir '{cache}' is a file, or lies below one; name another folder")
@@ -196,6 +281,7 @@ def check_space(records: list[Record], wanted: int, args: Arguments) -> None:
     needs = [(args.save_path.resolve().parent, wanted * PREPARED_SIZE, "--save_path")]
     if records:
         cache = args.cache_dir.expanduser()
+        cache.mkdir(parents=True, exist_ok=True)
         fetched = len(records) * FETCHED_SIZE
         if cache.stat().st_dev == needs[0][0].stat().st_dev:
             fetched += needs.pop()[1]
@@ -231,10 +317,11 @@ def summarise(
         f"{truncated:,} captions truncated to {args.max_length}"
     )
     reasons = ", ".join(
-        f"{count:,} {reason} (such as {cli.printable(chosen.examples[reason][0].file_name)})"
+        f"{count:,} {reason} (such as {cli.printable(str(chosen.example(reason)))})"
         for reason, count in sorted(chosen.dropped.items())
     )
-    lines.append(f"dropped: {reasons or 'nothing'}")
+    advice = "; --convert_rgb keeps images of other modes" if "mode " in reasons else ""
+    lines.append(f"dropped: {reasons or 'nothing'}{advice}")
     size = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
     lines.append(f"size: {size / 1e6:,.1f} MB, {size / 1e3 / total:,.1f} kB per image")
     first = splits["train"].select([0])
@@ -244,25 +331,33 @@ def summarise(
     return "\n".join(lines)
 
 
-def draw_preview(path: Path, splits: dict[str, folder.Split], chosen: choose.Chosen) -> None:
-    """Write `--preview`: the first images of each split, and the first that were dropped for each reason."""
+def draw_preview(
+    path: Path, splits: dict[str, folder.Split], chosen: choose.Chosen, findings: list[audit.Finding]
+) -> None:
+    """Write `--preview`: the first images of each split, the first dropped for each reason, and the audit."""
     from captioning.show import pages
 
-    kept, dropped = [], []
+    kept, dropped, odd = [], [], []
     for name, split in splits.items():
         first = split.select(range(min(choose.EXAMPLES, len(split))))
-        for index, image_id in enumerate(first.image_id):
-            title = f"{name}, image {image_id}"
+        for index, file_name in enumerate(first.file_name):
+            title = f"{name}, {cli.printable(file_name)}"
             kept.append({"image": first.image(index), "title": title, "caption": first.captions[index][0]})
     for reason, records in sorted(chosen.examples.items()):
         for record in records:
             try:
-                picture = images.open_image(record.path, min_side=256)
+                picture = images.to_rgb(images.decode(record.read(), record.file_name, min_side=256))
             except InputError:
                 picture = None
-            dropped.append({"image": picture, "title": f"image {record.image_id}", "reason": reason})
+            dropped.append({"image": picture, "title": cli.printable(record.file_name), "reason": reason})
+    for finding in findings:
+        for pair in finding.pairs[:2]:
+            for (name, row), (other, other_row) in (pair, pair[::-1]):
+                title = f"{name}, {cli.printable(splits[name].file_name[row])}"
+                reason = f"nearly the same as {other}, {cli.printable(splits[other].file_name[other_row])}"
+                odd.append({"image": splits[name].image(row), "title": title, "reason": reason})
     counts = sum(map(len, splits.values())), sum(chosen.dropped.values())
-    pages.draw_contact_sheet(kept, dropped, path, counts)
+    pages.draw_contact_sheet(kept, dropped, path, counts, odd, [finding.line() for finding in findings])
     cli.note(f"preview written to {path}")
 
 

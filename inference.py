@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioning import InputError, cli
 from captioning.cli import flag
+from captioning.data.images import SUFFIXES as IMAGE_SUFFIXES
 from captioning.files import json_text, write_whole
 
 if TYPE_CHECKING:
@@ -36,7 +37,6 @@ if TYPE_CHECKING:
     from captioning.model.explain import Caption
 
 MOST_ALTERNATIVES = 100  # each is a beam, which takes memory
-IMAGE_SUFFIXES = {".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp"}
 
 WHAT, FORM = "what to caption", "what to say"
 HOW = "how (default: what the model was saved with)"

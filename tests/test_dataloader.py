@@ -98,7 +98,7 @@ def test_the_preview_shows_what_was_kept_and_what_was_dropped_and_why(coco_dir, 
     real = pages.draw_contact_sheet
     monkeypatch.setattr(pages, "draw_contact_sheet", lambda *arguments: (drawn.append(arguments), real(*arguments)))
     prepare(coco_dir, tmp_path / "data", "--limit_data=0", "--preview", tmp_path / "preview.png")
-    kept, dropped, path, counts = drawn[0]
+    kept, dropped, path, counts, *_ = drawn[0]
     splits = load_from_disk(str(tmp_path / "data"))
     assert len(kept) == 3 * 5 and {item["title"].split(",")[0] for item in kept} == {"train", "validation", "test"}
     assert kept[0]["caption"] == splits["train"][0]["captions"][0]

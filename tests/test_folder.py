@@ -68,8 +68,11 @@ def test_a_split_gives_what_the_rows_hold(tmp_path):
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
-        (EPS, "not a JPEG, PNG, WEBP, GIF or BMP image"),
-        (b"<html>404</html>", "it looks like a web page, not a JPEG, PNG, WEBP, GIF or BMP image"),
+        (EPS, "not a JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF or JPEG 2000 image"),
+        (
+            b"<html>404</html>",
+            "it looks like a web page, not a JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF or JPEG 2000 image",
+        ),
         (encoded()[:-30], "the image is damaged or cut short"),
         (b"", "it is empty"),
         (None, "it is empty"),

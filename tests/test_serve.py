@@ -218,7 +218,10 @@ def test_a_bad_file_and_a_bad_address_show_a_readable_message(page, tmp_path, ph
     page.locator("input[type=file]").set_input_files(str(tmp_path / "notes.jpg"))
     message = page.locator("#message [role=alert]")
     message.wait_for()
-    assert "notes.jpg" in message.inner_text() and "not a JPEG, PNG, WEBP, GIF or BMP image" in message.inner_text()
+    assert (
+        "notes.jpg" in message.inner_text()
+        and "not a JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF or JPEG 2000 image" in message.inner_text()
+    )
     box = page.locator("#url textarea, #url input").first
     box.fill("/etc/passwd")
     page.get_by_role("button", name="Caption the address").click()

@@ -5,41 +5,21 @@ Nothing here opens an image: a record says where its file lies and what people w
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote
 
 from captioning import InputError
 from captioning.cli import note
+from captioning.data.find import Finder
+from captioning.data.records import Record
 from captioning.files import read_json
 
 COCO_URL = "http://images.cocodataset.org"
 PARTS = ("train2014", "val2014")
 NO_NETWORK_HINT = "pass --coco_dir with a COCO 2014 you have, or --sample to draw a small data set"
-
-
-@dataclass(frozen=True, slots=True)
-class Record:
-    """One image and everything people wrote about it."""
-
-    image_id: int
-    file_name: str  # as in the annotations
-    path: Path  # where the image lies, or will lie once fetched
-    captions: tuple[str, ...]
-    url: str | None = None  # where to fetch the image from when it is not at `path` yet
-    size: tuple[int, int] | None = None  # width and height in pixels, where the annotations say
-
-    def is_there(self) -> bool:
-        """Whether the image lies at `path`."""
-        # Not Path.is_file, which raises where a name is too long.
-        return os.path.isfile(self.path)
-
-    def has_caption(self) -> bool:
-        """Whether anybody wrote anything about it but white space."""
-        return any(caption.strip() for caption in self.captions)
 
 
 def read_coco(coco_dir: Path, url: str | None = None) -> dict[str, list[Record]]:
@@ -55,6 +35,9 @@ def read_coco(coco_dir: Path, url: str | None = None) -> dict[str, list[Record]]
     if not coco_dir.is_dir():
         raise InputError(f"--coco_dir '{coco_dir}' is not a folder; {NO_NETWORK_HINT}")
     pools = {part: _read_part(coco_dir, part, url) for part in PARTS}
+    if url is None:
+        finder = Finder([coco_dir])
+        pools = {part: [_found(record, finder, part) for record in records] for part, records in pools.items()}
     _refuse_repeated_ids(pools, coco_dir)
     return pools
 
@@ -94,10 +77,18 @@ def _read_part(coco_dir: Path, part: str, url: str | None) -> list[Record]:
     return sorted(records, key=lambda record: record.image_id)
 
 
+def _found(record: Record, finder: Finder, part: str) -> Record:
+    """The record of an image that lies in another of the usual folders, such as `images/train2014`."""
+    if record.is_there():
+        return record
+    return replace(record, location=finder.find(record.file_name, part) or record.location)
+
+
 def read_karpathy(file: Path, image_dir: Path) -> dict[str, list[Record]]:
     """The records of `train`, `validation` and `test` from a file in the Karpathy format.
 
-    `restval` counts as train, as in nearly every paper since Karpathy and Fei-Fei 2015
+    `captioning.data.recognise` reads its relatives too; this strict reader says what is wrong with a file. `restval`
+    counts as train, as in nearly every paper since Karpathy and Fei-Fei 2015
     (https://arxiv.org/abs/1412.2306). An entry's `filepath` (COCO has one) is a folder below `image_dir`.
 
     Raises:
@@ -113,7 +104,7 @@ def read_karpathy(file: Path, image_dir: Path) -> dict[str, list[Record]]:
             record = _record(
                 image.get("cocoid", image.get("imgid", position)),
                 image["filename"],
-                image_dir / _inside(image.get("filepath", ""), "filepath"),
+                image_dir / inside(image.get("filepath", ""), "filepath"),
                 [sentence["raw"] for sentence in image["sentences"]],
             )
             pools[splits[image["split"]]].append(record)
@@ -144,12 +135,12 @@ def _record(
             raise TypeError(f"a caption of image {image_id}")
         if not caption.isascii() and any("\ud800" <= character <= "\udfff" for character in caption):
             raise TypeError(f"a caption of image {image_id}, half of a surrogate pair,")
-    path = folder / _inside(file_name)
+    path = folder / inside(file_name)
     known = all(type(side) is int and side > 0 for side in size)
-    return Record(image_id, file_name, path, captions, url, size if known else None)
+    return Record(image_id, file_name, str(path), captions, url, size if known else None)
 
 
-def _inside(name: str, what: str = "file name") -> str:
+def inside(name: str, what: str = "file name") -> str:
     """`name`, refused when it would leave the folder it is joined to, or is no name at all."""
     path = PurePosixPath(name)
     if path.is_absolute() or ".." in path.parts or "\\" in name or "\0" in name:

@@ -28,8 +28,9 @@ from typing import BinaryIO
 
 from captioning import InputError, cli
 from captioning.data import images
-from captioning.data.annotations import NO_NETWORK_HINT, PARTS, Record
+from captioning.data.annotations import NO_NETWORK_HINT, PARTS
 from captioning.data.fetch import Answer, FetchError, fetch, shown
+from captioning.data.records import Record
 from captioning.files import remove_leftovers, replacing, write_whole
 
 ANNOTATIONS_ZIP = "annotations/annotations_trainval2014.zip"  # 241 MB, the captions a small part of it

@@ -15,7 +15,9 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import re
 import shutil
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from importlib.metadata import version
@@ -26,8 +28,8 @@ import PIL.Image
 
 from captioning import InputError
 from captioning.data import images
-from captioning.data.annotations import Record
 from captioning.data.choose import SPLITS
+from captioning.data.records import Record
 from captioning.files import lock, read_json
 
 if TYPE_CHECKING:
@@ -115,31 +117,20 @@ def _move_into_place(work: Path, target: Path, old: Path) -> None:
 class SplitWriter:
     """Writes the splits to a folder as `datasets.load_from_disk` reads them; memory does not grow with the images.
 
-    The rows wait in a file of their own until the last is there, for a tokenizer may be trained on their captions.
+    The rows wait in files of their own until the last is there, for a tokenizer may be trained on their captions, and
+    a pool may have to be divided.
     """
 
     def __init__(self, folder: Path):
-        from datasets import Features, Image, List, Value
-        from datasets.arrow_writer import ArrowWriter
-
         self.folder, self.spool = folder, folder / ".spool"
         self.spool.mkdir()
-        features = Features(
-            {
-                "image_id": Value("int64"),
-                "file_name": Value("string"),
-                "image": Image(),
-                "captions": List(Value("string")),
-            }
-        )
-        self.writers = {
-            split: ArrowWriter(features=features, path=str(self.spool / split), writer_batch_size=256)
-            for split in SPLITS
-        }
+        self.writers: dict[str, Any] = {}  # pool -> ArrowWriter
 
-    def keep(self, split: str, record: Record, data: bytes) -> None:
-        """Add a row: an image that is encoded as `data`."""
-        self.writers[split].write(
+    def keep(self, pool: str, record: Record, data: bytes) -> None:
+        """Add a row to a split, or to a pool that will be divided: an image that is encoded as `data`."""
+        if pool not in self.writers:
+            self.writers[pool] = self._open(pool)
+        self.writers[pool].write(
             {
                 "image_id": record.image_id,
                 "file_name": record.file_name,
@@ -148,57 +139,98 @@ class SplitWriter:
             }
         )
 
-    def finish(self, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
-        """Write the splits with their `labels`; returns how many captions were truncated to `max_length`."""
+    def _open(self, pool: str):
+        from datasets import Features, Image, List, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        features = {"image_id": Value("int64"), "file_name": Value("string"), "image": Image()}
+        features = Features({**features, "captions": List(Value("string"))})
+        return ArrowWriter(features=features, path=str(self.spool / pool), writer_batch_size=256)
+
+    def finish(
+        self, tokenizer: PreTrainedTokenizerBase, max_length: int, divided: Mapping[str, Sequence[str]] | None = None
+    ) -> int:
+        """Write the splits with their `labels`; returns how many captions were truncated to `max_length`.
+
+        Args:
+            divided: the split of each row of the pools that are none.
+        """
         truncated = 0
-        for split, writer in self.writers.items():
+        shards = {split: _Shards(self.folder / split) for split in SPLITS}
+        for pool, writer in self.writers.items():
             writer.finalize()
-            truncated += _write_split(self.spool / split, self.folder / split, tokenizer, max_length)
+            splits = iter(divided[pool]) if divided and pool in divided else itertools.repeat(pool)
+            truncated += _copy(self.spool / pool, shards, splits, tokenizer, max_length)
+        for of_split in shards.values():
+            of_split.finish()
         (self.folder / "dataset_dict.json").write_text(json.dumps({"splits": list(SPLITS)}), encoding="utf-8")
         shutil.rmtree(self.spool)
         return truncated
 
 
-def _write_split(spool: Path, folder: Path, tokenizer: PreTrainedTokenizerBase, max_length: int) -> int:
+def _copy(
+    spool: Path,
+    shards: Mapping[str, _Shards],
+    splits: Iterator[str],
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+) -> int:
     """Copy the rows of an Arrow stream with the column `labels`, a few hundred at a time, and read, not mapped."""
     import pyarrow
-    from datasets import Dataset, Features, List, Value
-    from datasets.arrow_writer import ArrowWriter
 
-    folder.mkdir()
-    shards: list[Path] = []
-    truncated, size, writer = 0, 0, None
+    truncated = 0
     with pyarrow.OSFile(str(spool)) as file, pyarrow.ipc.open_stream(file) as batches:
-        features = Features({**Features.from_arrow_schema(batches.schema), "labels": List(List(Value("int32")))})
         for batch in batches:
             labels, cut = tokenise(batch["captions"], tokenizer, max_length)
             truncated += cut
-            if writer is None:
-                shards.append(folder / f"{len(shards)}.arrow")
-                writer, size = ArrowWriter(features=features, path=str(shards[-1])), 0
             table = pyarrow.Table.from_batches([batch]).append_column("labels", labels)
-            writer.write_table(table)
-            size += table.nbytes
-            if size > SHARD_SIZE:
-                writer.finalize()
-                writer = None
-    if writer is not None:
-        writer.finalize()
-
-    # What lies beside the rows is written by the library itself, for one row, and then names the files above.
-    rows = Dataset.from_file(str(shards[0])).select(range(1))
-    # The same arguments give the same bytes; a fingerprint drawn from object ids would not.
-    rows._fingerprint = folder.name
-    rows.save_to_disk(folder / "one")
-    names = [f"data-{number:05d}-of-{len(shards):05d}.arrow" for number in range(len(shards))]
-    for shard, name in zip(shards, names, strict=True):
-        shard.rename(folder / name)
-    state = json.loads((folder / "one" / "state.json").read_text(encoding="utf-8"))
-    state["_data_files"] = [{"filename": name} for name in names]
-    (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
-    (folder / "one" / "dataset_info.json").rename(folder / "dataset_info.json")
-    shutil.rmtree(folder / "one")
+            own = list(itertools.islice(splits, len(batch)))
+            for split in dict.fromkeys(own):
+                rows = table.filter(pyarrow.array([each == split for each in own])) if set(own) != {split} else table
+                shards[split].write(rows)
     return truncated
+
+
+class _Shards:
+    """The Arrow files of one split."""
+
+    def __init__(self, folder: Path):
+        self.folder, self.paths, self.writer, self.size = folder, [], None, 0
+
+    def write(self, table: pyarrow.Table) -> None:
+        from datasets import Features, List, Value
+        from datasets.arrow_writer import ArrowWriter
+
+        if self.writer is None:
+            self.folder.mkdir(exist_ok=True)
+            self.paths.append(self.folder / f"{len(self.paths)}.arrow")
+            features = {**Features.from_arrow_schema(table.schema), "labels": List(List(Value("int32")))}
+            self.writer, self.size = ArrowWriter(features=Features(features), path=str(self.paths[-1])), 0
+        self.writer.write_table(table)
+        self.size += table.nbytes
+        if self.size > SHARD_SIZE:
+            self.writer.finalize()
+            self.writer = None
+
+    def finish(self) -> None:
+        """Name the files, and write what lies beside the rows: by the library itself, for one row."""
+        from datasets import Dataset
+
+        if self.writer is not None:
+            self.writer.finalize()
+        folder = self.folder
+        rows = Dataset.from_file(str(self.paths[0])).select(range(1))
+        # The same arguments give the same bytes; a fingerprint drawn from object ids would not.
+        rows._fingerprint = folder.name
+        rows.save_to_disk(folder / "one")
+        names = [f"data-{number:05d}-of-{len(self.paths):05d}.arrow" for number in range(len(self.paths))]
+        for shard, name in zip(self.paths, names, strict=True):
+            shard.rename(folder / name)
+        state = json.loads((folder / "one" / "state.json").read_text(encoding="utf-8"))
+        state["_data_files"] = [{"filename": name} for name in names]
+        (folder / "state.json").write_text(json.dumps(state, indent=2, sort_keys=True), encoding="utf-8")
+        (folder / "one" / "dataset_info.json").rename(folder / "dataset_info.json")
+        shutil.rmtree(folder / "one")
 
 
 def tokenise(
@@ -364,12 +396,66 @@ class Split:
             yield from table[column].chunks
 
 
-def load_prepared(folder: Path) -> tuple[dict[str, Split], dict[str, Any]]:
+def load_prepared(folders: Path | Sequence[Path]) -> tuple[dict[str, Split], dict[str, Any]]:
     """The splits train, validation and test of a folder that `dataloader.py` wrote, and its `dataset.json`.
 
+    Args:
+        folders: one, or the parts that `--shard` made of a data set, in any order.
+
     Raises:
-        InputError: it is no such folder, or not whole.
+        InputError: it is no such folder, or not whole; or the parts do not belong together, or one is missing.
     """
+    folders = [folders] if isinstance(folders, Path) else list(folders)
+    parts = [_load_one(folder) for folder in folders]
+    descriptions = [description for _, description in parts]
+    if len(parts) == 1:
+        return {name: Split(rows) for name, rows in parts[0][0].items()}, descriptions[0]
+    _refuse_strangers(folders, descriptions)
+    from datasets import concatenate_datasets
+
+    in_order = sorted(range(len(parts)), key=lambda at: int(descriptions[at]["shard"].split("/")[0]))
+    splits = {split: Split(concatenate_datasets([parts[at][0][split] for at in in_order])) for split in SPLITS}
+    whole = {key: value for key, value in descriptions[in_order[0]].items() if key != "shard"}
+    whole["images"] = {split: len(rows) for split, rows in splits.items()}
+    whole["captions_truncated"] = sum(description.get("captions_truncated", 0) for description in descriptions)
+    dropped = sum((Counter(description.get("dropped", {})) for description in descriptions), Counter())
+    return splits, {**whole, "dropped": dict(sorted(dropped.items()))}
+
+
+def _refuse_strangers(folders: Sequence[Path], descriptions: Sequence[Mapping[str, Any]]) -> None:
+    """Refuse folders that are not all parts of one data set."""
+    first = descriptions[0]
+    shards = []
+    for folder, description in zip(folders, descriptions, strict=True):
+        if not re.fullmatch(r"\d+/\d+", str(description.get("shard"))):
+            raise InputError(
+                f"--data_path '{folder}' is not a part of a data set; give it alone, or prepare parts with --shard"
+            )
+        for key in sorted((set(first) | set(description)) - {"shard", "images", "captions_truncated", "dropped"}):
+            if description.get(key) != first.get(key):
+                raise InputError(
+                    f"--data_path '{folder}' has {key} {description.get(key)}, and '{folders[0]}' {first.get(key)}; "
+                    "prepare all parts with the same arguments"
+                )
+        for name in ("tokenizer.json", "preprocessor_config.json"):
+            ours, theirs = (place / name for place in (folder, folders[0]))
+            if not (ours.is_file() and theirs.is_file() and ours.read_bytes() == theirs.read_bytes()):
+                raise InputError(
+                    f"'{folder / name}' differs from that of '{folders[0]}'; prepare all parts from the same data"
+                )
+        shards.append(tuple(map(int, str(description["shard"]).split("/"))))
+    parts = shards[0][1]
+    missing = sorted(set(range(1, parts + 1)) - {part for part, _ in shards})
+    if len(set(shards)) < len(shards) or any(count != parts for _, count in shards):
+        raise InputError(
+            f"--data_path names a part twice, or parts of {len(set(shards))} divisions; give each part once"
+        )
+    if missing:
+        raise InputError(f"part {missing[0]} of {parts} is missing; prepare it with --shard {missing[0]}/{parts}")
+
+
+def _load_one(folder: Path) -> tuple[Mapping[str, datasets.Dataset], dict[str, Any]]:
+    """The rows of each split of one folder, and its `dataset.json`."""
     from datasets import load_from_disk
 
     description = read_json(folder / DESCRIPTION, AGAIN)
@@ -391,4 +477,4 @@ def load_prepared(folder: Path) -> tuple[dict[str, Split], dict[str, Any]]:
         raise InputError(f"'{folder}/{DESCRIPTION}' does not say '{min(missing)}'; {AGAIN}")
     if not isinstance(description["images"], dict) or set(splits) - set(description["images"]):
         raise InputError(f"'{folder}/{DESCRIPTION}' does not count each split's images; {AGAIN}")
-    return {name: Split(rows) for name, rows in splits.items()}, description
+    return splits, description

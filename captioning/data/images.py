@@ -20,9 +20,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from PIL import Image, ImageFile, WebPImagePlugin  # noqa: F401  (the WebP plugin is not among those PIL preloads)
+# These plugins are not among those that PIL preloads.
+from PIL import (
+    AvifImagePlugin,  # noqa: F401
+    Image,
+    ImageFile,
+    Jpeg2KImagePlugin,  # noqa: F401
+    TiffImagePlugin,  # noqa: F401
+    WebPImagePlugin,  # noqa: F401
+)
 
 from captioning import InputError
+from captioning.data import headers
 from captioning.data.fetch import DEADLINE, MAX_BYTES, SCHEME, TIMEOUT, fetch, shown
 
 MAX_SIDE = 32_768  # pixels
@@ -36,6 +45,10 @@ MAX_PIXELS = {
     "GIF": 50_000_000,
     "BMP": 50_000_000,
     "WEBP": 16_000_000,
+    "TIFF": 20_000_000,
+    "AVIF": 16_000_000,
+    "HEIF": 16_000_000,
+    "JPEG2000": 5_000_000,
 }
 # Every scan of a progressive JPEG visits the whole image and may cost a few bytes of file only.
 MAX_SCANNED_PIXELS = 500_000_000
@@ -48,7 +61,20 @@ _SIGNATURES = {
     b"GIF87a": "GIF",
     b"GIF89a": "GIF",
     b"BM": "BMP",
+    b"II*\0": "TIFF",
+    b"MM\0*": "TIFF",
+    b"\0\0\0\x0cjP  \r\n\x87\n": "JPEG2000",
+    b"\xff\x4f\xff\x51": "JPEG2000",
 }
+FORMATS = "JPEG, PNG, WEBP, GIF, BMP, TIFF, AVIF or JPEG 2000 image"
+# The endings of files that are looked for in folders; what a file is, its first bytes say.
+SUFFIXES = frozenset((".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".avif")) | {
+    ".jp2",
+    ".j2k",
+    ".heic",
+    ".heif",
+}
+
 _UPRIGHT = {  # EXIF orientation -> what undoes it
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -146,8 +172,8 @@ def decode(data: bytes, name: str, *, min_side: int | None = None) -> Image.Imag
 
     With `min_side` (pixels) a JPEG may come out at 1/2, 1/4 or 1/8 of its size, its shorter side still
     `min_side` or more: the decoder then skips most of the work. `name` is for messages. Metadata, colour
-    profile included, is left out. Raises InputError for anything else than a whole JPEG, PNG, WEBP, GIF or
-    BMP image within MAX_PIXELS.
+    profile included, is left out. Raises InputError for anything else than a whole image of FORMATS within
+    MAX_PIXELS.
     """
     with _refusing(name):
         image, kind, exif = _open(data, name)
@@ -208,12 +234,14 @@ def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
     kind = next((kind for magic, kind in _SIGNATURES.items() if data.startswith(magic)), None)
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         kind = "WEBP"
+    if data[4:8] == b"ftyp":
+        kind = _kind_by_brand(data, name)
     if kind is None:
         page = data[:1024].lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"<")
         what = "it looks like a web page, not" if page else "not"
         raise ImageError(
             name,
-            f"{what} a JPEG, PNG, WEBP, GIF or BMP image",
+            f"{what} a {FORMATS}",
             "use the address of the image itself" if page else "convert it or leave it out",
         )
     exif, buffered, scans = b"", False, 1
@@ -221,6 +249,12 @@ def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
         data, exif, buffered, scans = _bare_jpeg(data)
     elif kind == "PNG":
         data, exif = _bare_png(data)
+    elif kind == "TIFF":
+        data = headers.bare_tiff(data)
+    elif kind in ("AVIF", "HEIF"):
+        data = headers.bare_avif(data)
+    elif kind == "JPEG2000":
+        headers.check_jpeg2000(data, MAX_PIXELS[kind])
     # PIL's warnings are about sizes that are refused here. The filters belong to the whole process, so
     # only one thread at a time may put others in place.
     with _OPEN_LOCK, warnings.catch_warnings():
@@ -233,6 +267,21 @@ def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
             name, f"{image.width}x{image.height} pixels in {scans} scans take too long to decode", "save it again"
         )
     return image, "progressive JPEG" if buffered else kind, exif
+
+
+def _kind_by_brand(data: bytes, name: str) -> str | None:
+    """AVIF, or HEIF where its plugin is installed, of a file that begins as MPEG-4's do."""
+    brands = {data[at : at + 4] for at in range(8, min(int.from_bytes(data[:4], "big"), 256), 4)}
+    if brands & {b"avif", b"avis"}:
+        return "AVIF"
+    if not brands & {b"heic", b"heix", b"heim", b"heis", b"mif1"}:
+        return None
+    try:
+        import pillow_heif
+    except ImportError:
+        raise ImageError(name, "it is a HEIC image", "run pip install pillow-heif, or convert it") from None
+    pillow_heif.register_heif_opener()
+    return "HEIF"
 
 
 def _bare_jpeg(data: bytes) -> tuple[bytes, bytes, bool, int]:
@@ -341,10 +390,11 @@ def to_rgb(image: Image.Image, name: str = "the image") -> Image.Image:
 
 def _grey_range(image: Image.Image) -> tuple[float, float]:
     """Return the values of black and white in a grey image of mode I;16, I or F."""
-    if image.mode.startswith("I;16"):
-        return 0, 65_535
     extrema: Any = image.getextrema()  # of one band
-    low, high = extrema  # I and F do not say what white is, so the values have to
+    low, high = extrema
+    if image.mode.startswith("I;16"):
+        return 0, 4095 if 255 < high <= 4095 else 65_535  # X-rays have 12 bits
+    # I and F do not say what white is, so the values have to.
     if low < 0 or high > 65_535:
         return low, high
     if image.mode == "F" and high <= 1:

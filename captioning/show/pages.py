@@ -94,6 +94,8 @@ def draw_contact_sheet(
     dropped: Sequence[Mapping[str, Any]],
     path: str | Path,
     counts: tuple[int, int],
+    odd: Sequence[Mapping[str, Any]] = (),
+    findings: Sequence[str] = (),
 ) -> None:
     """Draw images that were kept, with a caption, and images that were dropped, with the reason, into one PNG.
 
@@ -101,8 +103,10 @@ def draw_contact_sheet(
         kept: {"image": PIL.Image, "title": str, "caption": str} each.
         dropped: {"image": PIL.Image | None, "title": str, "reason": str} each; None: it cannot be shown.
         counts: how many were kept and dropped in all.
+        odd: images that an audit found, as `dropped`.
+        findings: what it found, a line each.
     """
-    _save_page(contact_sheet_page(kept, dropped, counts), path)
+    _save_page(contact_sheet_page(kept, dropped, counts, odd=odd, findings=findings), path)
 
 
 def contact_sheet_page(
@@ -110,6 +114,8 @@ def contact_sheet_page(
     dropped: Sequence[Mapping[str, Any]],
     counts: tuple[int, int],
     columns: int = 5,
+    odd: Sequence[Mapping[str, Any]] = (),
+    findings: Sequence[str] = (),
 ) -> Image.Image:
     """The picture of `draw_contact_sheet`, RGB, PAGE_WIDTH wide."""
     width = _cell_width(columns)
@@ -122,13 +128,16 @@ def contact_sheet_page(
 
     captions = [wrap(item["caption"], plain, width, CAPTION_LINES) or ["(empty)"] for item in kept]
     reasons = [wrap(item["reason"], bold, width, CAPTION_LINES) for item in dropped]
-    return _sheet(
-        [
-            section("Kept", kept, counts[0], [Text(lines, plain, INK) for lines in captions]),
-            section("Dropped", dropped, counts[1], [Text(lines, bold, REASON) for lines in reasons]),
-        ],
-        columns,
-    )
+    sections = [
+        section("Kept", kept, counts[0], [Text(lines, plain, INK) for lines in captions]),
+        section("Dropped", dropped, counts[1], [Text(lines, bold, REASON) for lines in reasons]),
+    ]
+    if odd or findings:
+        lines = [line for finding in findings for line in wrap(finding, plain, PAGE_WIDTH - 2 * MARGIN, 2)]
+        own = [Text(wrap(item["reason"], bold, width, CAPTION_LINES), bold, REASON) for item in odd]
+        cells = [Cell(item["image"], item["title"], [text]) for item, text in zip(odd, own, strict=True)]
+        sections.append(Section([Text(["Audit"], bold, INK), Text(lines, plain, QUIET)], cells))
+    return _sheet(sections, columns)
 
 
 # ---- a page of sections

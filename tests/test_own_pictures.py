@@ -1,0 +1,305 @@
+"""`--data PATH`: every form of one set of images gives the same rows; what is not known is refused in one sentence."""
+
+import shutil
+import unicodedata
+from collections import Counter
+
+import own
+import pytest
+from conftest import run
+from datasets import load_from_disk
+from httpserver import Server, body
+
+import dataloader
+from captioning import InputError
+from captioning.data.folder import load_prepared
+from captioning.data.recognise import recognise
+from captioning.data.tables import Wanted
+
+PICTURES = own.draw()
+TINY = ["--encoder=tiny", "--decoder=tiny", "--num_proc=1", "--limit_data=0"]
+
+
+@pytest.fixture(scope="module")
+def expected(tmp_path_factory):
+    """The rows of the Karpathy form, by file name."""
+    folder = tmp_path_factory.mktemp("expected")
+    return prepared(folder, own.FORMS["karpathy"](folder, PICTURES))
+
+
+def prepared(folder, *arguments):
+    """file name -> (split, image id, captions, image bytes) of what dataloader.py makes."""
+    words = [f"--data={argument}" if not str(argument).startswith("--") else argument for argument in arguments]
+    assert dataloader.main([*words, *TINY, f"--save_path={folder / 'out'}"]) == 0
+    found = {}
+    for split, rows in load_from_disk(str(folder / "out")).items():
+        for row in rows.with_format(None).cast_column("image", own.raw_images()):
+            found[row["file_name"]] = (split, row["image_id"], row["captions"], row["image"]["bytes"])
+    return found
+
+
+@pytest.mark.parametrize("name", own.FORMS)
+def test_the_same_images_give_the_same_rows_in_every_form(name, tmp_path, expected):
+    found = prepared(tmp_path, own.FORMS[name](tmp_path, PICTURES))
+    by_name = {file_name.rsplit("/", 1)[-1]: row for file_name, row in found.items()}
+    assert len(by_name) == len(found) == len(PICTURES)
+    assert {n: row[1:] for n, row in by_name.items()} == {n: row[1:] for n, row in expected.items()}
+    if name in own.WITH_SPLITS:
+        assert {n: row[0] for n, row in by_name.items()} == {n: row[0] for n, row in expected.items()}
+    else:
+        assert Counter(row[0] for row in by_name.values()) == {"train": 48, "validation": 6, "test": 6}
+
+
+# Odd tables, and what is read of each image
+
+
+def table(name, line, header="", encoding="utf-8"):
+    """A table with a line for each image, which lies beside it."""
+
+    def make(folder):
+        own.images(folder, PICTURES[:6])
+        text = header + "".join(line.format(name=p.name, stem=p.name[:-4], n=p.number) for p in PICTURES[:6])
+        (folder / name).write_bytes(text.encode(encoding))
+        return folder
+
+    return make
+
+
+def listed(entry):
+    """A JSON list with an object for each image."""
+
+    def make(folder):
+        own.images(folder, PICTURES[:6])
+        own.as_json(folder / "data.json", [entry(p) for p in PICTURES[:6]])
+        return folder
+
+    return make
+
+
+ODD = {
+    "commas in the middle": (
+        table("x.csv", "{name},a dog, running,train\n", "image,caption,split\n"),
+        ["a dog, running"],
+    ),
+    "a line for Excel": (table("x.csv", "{name};a dog\n", "sep=;\nimage;caption\n"), ["a dog"]),
+    "names in Chinese": (table("x.csv", "{name},一只狗在跑\n", "图片,描述\n"), ["一只狗在跑"]),
+    "captions first": (table("x.tsv", "a dog, running\t{name}\n"), ["a dog, running"]),
+    "names without an ending": (table("x.csv", "{stem},a dog\n", "id,caption\n"), ["a dog"]),
+    "a quote that opens a line": (table("x.token", '{name}#0\t"Sit" said the man\n'), ['"Sit" said the man']),
+    "one bare quote": (table("x.token", '{name}#0\t"Sit, a man says\n'), ['"Sit, a man says']),
+    "quoted commas after a space": (table("x.csv", '{name}, "a dog, running"\n'), ["a dog, running"]),
+    "a list of Python": (table("x.csv", "{name};['a dog', 'a cat']\n", "image;raw\n"), ["a dog", "a cat"]),
+    "words": (listed(lambda p: {"filename": p.name, "tokens": ["a", "dog"]}), ["a dog"]),
+    "lists of words": (listed(lambda p: {"filename": p.name, "sentences": [["a", "dog"], ["dog"]]}), ["a dog", "dog"]),
+    "sentences of words": (listed(lambda p: {"filename": p.name, "sentences": [{"tokens": ["a", "dog"]}]}), ["a dog"]),
+    "addresses": (table("x.csv", "http://127.0.0.1:9/{name}?w=1,a dog\n", "url,caption\n"), ["a dog"]),
+}
+
+
+@pytest.mark.parametrize("kind", ODD)
+def test_odd_tables_are_read(kind, tmp_path):
+    make, captions = ODD[kind]
+    found = recognise(str(make(tmp_path)), Wanted(), tmp_path, tmp_path)
+    records = [record for pool in found.pools.values() for record in pool]
+    assert len(records) == 6 and {record.captions for record in records} == {tuple(captions)}
+    if kind == "addresses":
+        assert {record.url for record in records} == {f"http://127.0.0.1:9/{p.name}?w=1" for p in PICTURES[:6]}
+        assert records[0].file_name == "scene_000.jpg"
+    else:
+        assert all(record.is_there() for record in records)
+
+
+def only_images(folder):
+    own.images(folder, PICTURES[:3])
+    return folder
+
+
+def a_sheet(folder):
+    (folder / "captions.xlsx").write_text("x")
+    return only_images(folder)
+
+
+def two_tables(folder):
+    for name in ("a", "b"):
+        own.rows(folder / f"{name}.csv", ["image", "caption"], own.a_row_each(PICTURES[:3]))
+    return only_images(folder)
+
+
+A_DOG = table("x.csv", "{name},a dog\n", "image,caption\n")
+REFUSED = {
+    "nothing": (lambda folder: folder, {}, "found nothing.*put images there"),
+    "images alone": (only_images, {}, r"found 3 \.jpg\); write the captions of 'scene_000\.jpg' to 'scene_000\.txt'"),
+    "a sheet": (a_sheet, {}, r"found 3 \.jpg, 1 \.xlsx\); save 'captions\.xlsx' as CSV"),
+    "no such path": (lambda folder: "no/such/thing", {}, "--data 'no/such/thing' does not exist"),
+    "two tables": (two_tables, {}, "several tables .*name one of them, or all"),
+    "another column": (A_DOG, {"caption_column": "words"}, "--caption_column 'words' .*it has image, caption"),
+    "a split of no name": (
+        table("x.csv", "{name},a dog,holiday\n", "image,caption,split\n"),
+        {},
+        "the split 'holiday' in row 1 .* is none of train, val and test",
+    ),
+    "another encoding": (table("x.csv", "{name},собака\n", "image,caption\n", "cp1251"), {}, "is not text in UTF-8"),
+    "a quote left open": (
+        table("x.csv", '{name},"a dog\n', "image,caption\n"),
+        {},
+        r"a quote that is opened before line \d+ .*is never closed",
+    ),
+    "a tar that is none": (lambda folder: (folder / "x.tar").write_text("x" * 2000) and folder, {}, "is not a tar"),
+    "a folder of no images": (A_DOG, {"image_dir": own.Path("nowhere")}, "--image_dir 'nowhere' is not a folder"),
+}
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_what_is_not_known_is_refused_in_one_sentence(kind, tmp_path):
+    make, wanted, message = REFUSED[kind]
+    with pytest.raises(InputError, match=message) as caught:
+        recognise(str(make(tmp_path)), Wanted(**wanted), tmp_path, tmp_path / "spool")
+    assert "\n" not in str(caught.value) and "; " in str(caught.value)
+
+
+def test_columns_can_be_named(tmp_path):
+    own.images(tmp_path, PICTURES[:6])
+    lines = [[f"thumb_{p.name}", p.name, "the same", "a dog", "val" if p.number < 2 else "train"] for p in PICTURES[:6]]
+    own.rows(tmp_path / "x.csv", ["image", "original", "caption", "what", "when"], lines)
+    found = recognise(str(tmp_path), Wanted("original", "what", "when"), tmp_path, tmp_path)
+    assert {split: len(pool) for split, pool in found.pools.items()} == {"train": 4, "validation": 2}
+    assert found.pools["train"][0].captions == ("a dog",) and found.pools["train"][0].is_there()
+
+
+@pytest.mark.parametrize("name", ["Café.jpg", "Cafe\u0301.jpg", "КОШКА Й.JPG", "a b.jpeg", "Photo.JPG", "pic.JFIF"])
+def test_names_are_found_in_another_case_and_unicode_form(name, tmp_path):
+    (tmp_path / "deep" / "er").mkdir(parents=True)
+    (tmp_path / "deep" / "er" / name).write_bytes(PICTURES[0].data)
+    for written in (name, name.lower(), name.upper(), unicodedata.normalize("NFD", name), f"gone\\{name}"):
+        (tmp_path / "x.csv").write_text(f"image,caption\n{written},a dog\n", encoding="utf-8")
+        (record,) = recognise(str(tmp_path / "x.csv"), Wanted(), tmp_path, tmp_path).pools[""]
+        assert record.is_there(), written
+
+
+def test_one_name_in_two_folders_is_the_one_that_agrees_best(tmp_path):
+    for folder in ("train", "val"):
+        own.images(tmp_path / "pictures" / folder, PICTURES[:1])
+    for written, found in (("val/scene_000.jpg", "val"), ("x/train/scene_000.jpg", "train"), ("scene_000.jpg", "")):
+        (tmp_path / "x.csv").write_text(f"image,caption\n{written},a dog\n")
+        (record,) = recognise(str(tmp_path / "x.csv"), Wanted(), tmp_path, tmp_path).pools[""]
+        assert record.is_there() == bool(found) and (not found or record.path.parent.name == found)
+
+
+def test_several_are_joined_with_new_numbers(tmp_path):
+    own.FORMS["karpathy"](tmp_path / "one", PICTURES[:30])
+    own.FORMS["sidecar txt"](tmp_path / "two", PICTURES[30:])
+    found = prepared(tmp_path, tmp_path / "one", tmp_path / "two")
+    assert sorted(row[1] for row in found.values()) == list(range(60))
+    assert {name: found[name][0] for name in found if name < "scene_030"} == {p.name: p.split for p in PICTURES[:30]}
+
+
+@pytest.mark.parametrize("missing", ["validation", "test", "validation test", "train"])
+def test_missing_splits_are_drawn_and_others_kept(missing, tmp_path):
+    pictures = [p for p in PICTURES if p.split not in missing.split()]
+    found = prepared(tmp_path, own.FORMS["karpathy"](tmp_path, pictures))
+    counts = Counter(row[0] for row in found.values())
+    assert set(counts) == {"train", "validation", "test"} and sum(counts.values()) == len(pictures)
+    if missing != "train":
+        kept = {p.name: p.split for p in pictures if p.split != "train"}
+        assert {name: found[name][0] for name in kept} == kept
+
+
+def test_a_limit_takes_its_share_of_each_pool(tmp_path):
+    pictures = [p for p in PICTURES if p.split != "validation"]
+    folder = own.FORMS["karpathy"](tmp_path, pictures)
+    assert len(prepared(tmp_path, folder, "--limit_data=20")) == 54, "the last of two counts"
+    dataloader.main([f"--data={folder}", *TINY, "--limit_data=20", f"--save_path={tmp_path / 'out'}"])
+    counts = {split: len(rows) for split, rows in load_from_disk(str(tmp_path / "out")).items()}
+    assert sum(counts.values()) == 20 and counts["test"] == 2 and counts["validation"] == 2
+
+
+def test_addresses_are_fetched_and_kept(tmp_path, monkeypatch):
+    routes = {f"/{p.name}": body(p.data) for p in PICTURES[:8]}
+    with Server(routes) as server:
+        lines = [[server.url(f"/{p.name}"), p.captions[0]] for p in PICTURES[:8]]
+        own.rows(tmp_path / "x.csv", ["url", "caption"], lines)
+        arguments = ["--data", tmp_path / "x.csv", *TINY, "--cache_dir", tmp_path / "cache"]
+        for _ in range(2):
+            assert run("dataloader", [*arguments, "--save_path", tmp_path / "out"], monkeypatch) == 0
+        assert len(server.requests) == 8, "the second run is served from the cache"
+    names = [name for rows in load_from_disk(str(tmp_path / "out")).values() for name in rows["file_name"]]
+    assert sorted(names) == [p.name for p in PICTURES[:8]]
+
+
+def test_a_data_set_of_the_hub_by_its_id(tmp_path, monkeypatch):
+    import datasets
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: datasets.DatasetDict({"train": own.dataset(PICTURES)}))
+    found = recognise("somebody/pictures", Wanted(), tmp_path, tmp_path / "spool")
+    assert found.form == "a DatasetDict of `datasets` from the hub" and len(found.pools["train"]) == 60
+    assert found.pools["train"][7].read() == PICTURES[7].data
+    streamed = own.dataset(PICTURES).to_iterable_dataset()
+    monkeypatch.setattr(datasets, "load_dataset", lambda name: streamed)
+    found = recognise("somebody/pictures", Wanted(), tmp_path, tmp_path / "spool2")
+    assert found.pools[""][7].read() == PICTURES[7].data
+
+
+def test_a_tar_cut_short_gives_what_came_before(tmp_path, capsys):
+    own.write_tar(tmp_path / "0.tar", PICTURES, lambda p: {f"{p.name[:-4]}.txt": b"a dog"})
+    data = (tmp_path / "0.tar").read_bytes()
+    (tmp_path / "0.tar").write_bytes(data[: len(data) // 2])
+    found = recognise(str(tmp_path), Wanted(), tmp_path, tmp_path)
+    assert 20 < len(found.pools[""]) < 40
+    assert "is cut short" in capsys.readouterr().err
+
+
+# Parts of a data set
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    """Two parts of a data set, and the whole of it."""
+    folder = tmp_path_factory.mktemp("parts")
+    data = own.FORMS["karpathy"](folder / "data", PICTURES)
+    for name, more in (("part-1", ["--shard=1/2"]), ("part-2", ["--shard=2/2"]), ("whole", [])):
+        dataloader.main([f"--data={data}", *TINY, *more, f"--save_path={folder / name}"])
+    dataloader.main([f"--data={data}", *TINY, "--shard=1/3", f"--save_path={folder / 'third'}"])
+    dataloader.main([f"--data={data}", *TINY, "--shard=2/2", "--max_length=9", f"--save_path={folder / 'short'}"])
+    return folder
+
+
+def test_parts_together_are_the_whole(parts):
+    splits, description = load_prepared([parts / "part-2", parts / "part-1"])
+    whole, expected = load_prepared(parts / "whole")
+    assert "shard" not in description and description == expected
+    for name, split in splits.items():
+        rows = {i: (split.file_name[n], split.captions[n]) for n, i in enumerate(split.image_id)}
+        assert rows == {
+            i: (whole[name].file_name[n], whole[name].captions[n]) for n, i in enumerate(whole[name].image_id)
+        }
+    assert (parts / "part-1" / "tokenizer.json").read_bytes() == (parts / "part-2" / "tokenizer.json").read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["part-1", "whole"], "whole' is not a part of a data set"),
+        (["part-1", "part-1"], "names a part twice"),
+        (["part-1", "third"], "parts of 2 divisions"),
+        (["part-1", "short"], "has max_length 9, and .* 64; prepare all parts with the same arguments"),
+    ],
+)
+def test_parts_that_do_not_belong_together_are_refused(names, message, parts):
+    with pytest.raises(InputError, match=message):
+        load_prepared([parts / name for name in names])
+
+
+def test_a_part_that_is_missing_is_named(parts, tmp_path):
+    for number in (1, 2):
+        shutil.copytree(parts / f"part-{number}", tmp_path / str(number))
+        file = tmp_path / str(number) / "dataset.json"
+        file.write_text(file.read_text().replace(f'"{number}/2"', f'"{number}/3"'))
+    with pytest.raises(InputError, match="part 3 of 3 is missing; prepare it with --shard 3/3"):
+        load_prepared([tmp_path / "1", tmp_path / "2"])
+
+
+@pytest.mark.parametrize("value", ["0/2", "3/2", "2", "a/b", "-1/2"])
+def test_a_part_that_cannot_be_is_refused(value, capsys):
+    with pytest.raises(SystemExit):
+        dataloader.main([f"--shard={value}", "--sample"])
+    assert f"--shard {value} is not a part such as 1/4" in capsys.readouterr().err
