@@ -19,6 +19,7 @@ import os
 import shutil
 import statistics
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,13 +175,14 @@ def prepare(args: Arguments, work: Path) -> str:
         for pool in pools:
             if "+" in pool:
                 cli.note(f"{len(pools[pool]):,} images are divided among {pool.replace('+', ', ')}")
-    limit, captions = args.limit_data, None
+    limit = args.limit_data
+    captions: Iterable[str] | None = None
     if args.part:
-        part, parts = args.part
+        number, count = args.part
         # Every part learns the same tokenizer, from the captions of all of them.
         captions = [c for name in pools if "train" in name for record in pools[name] for c in record.captions]
-        pools = {name: records[part - 1 :: parts] for name, records in pools.items()}
-        limit = len(range(part - 1, limit, parts))
+        pools = {name: records[number - 1 :: count] for name, records in pools.items()}
+        limit = len(range(number - 1, limit, count))
     draws = choose.plan(pools, limit, args.val_share, args.test_share)
     cli.note(f"{source}: {sum(map(len, pools.values())):,} images to choose from")
 
@@ -202,8 +204,7 @@ def prepare(args: Arguments, work: Path) -> str:
     order = choose.Pools(pools, args.seed)
     check_space(download.missing(order.first_choice(draws)), sum(draw.wanted for draw in draws), args)
     writer = folder.SplitWriter(work)
-    convert = {"convert_rgb": True} if args.convert_rgb else {}
-    prepare_image = functools.partial(choose.prepare_image, short_side=short_side, **convert)
+    prepare_image = functools.partial(choose.prepare_image, short_side=short_side, convert_rgb=args.convert_rgb)
     fetch_images = download.fetcher(client, args.cache_dir, args.skip_missing)
     chosen = choose.choose(order, draws, prepare_image, args.num_proc, writer.keep, fetch_images)
     groups = chosen.groups()
@@ -255,14 +256,14 @@ def read_source(args: Arguments, work: Path, client: download.Client) -> tuple[d
     # The original's flags take every form too; where none fits, the reader of theirs says what is wrong.
     if args.karpathy_json and args.image_dir:
         with contextlib.suppress(InputError):
-            found = recognise(str(args.karpathy_json), Wanted(image_dir=args.image_dir), cache, work / SPOOL)
-            return found.pools, found.form
+            one = recognise(str(args.karpathy_json), Wanted(image_dir=args.image_dir), cache, work / SPOOL)
+            return one.pools, one.form
         return read_karpathy(args.karpathy_json, args.image_dir), f"Karpathy file {args.karpathy_json.name}"
     if args.coco_dir:
         if args.coco_dir.is_dir() and not any((args.coco_dir / name).exists() for name in download.ANNOTATIONS):
             with contextlib.suppress(InputError):
-                found = recognise(str(args.coco_dir), Wanted(), cache, work / SPOOL)
-                return found.pools, found.form
+                one = recognise(str(args.coco_dir), Wanted(), cache, work / SPOOL)
+                return one.pools, one.form
         return read_coco(args.coco_dir), "COCO 2014 from a folder"
     url = args.coco_url.rstrip("/")
     existing = next(path for path in (cache, *cache.parents) if path.exists())

@@ -107,13 +107,13 @@ def _near(
     )
     if drawn:
         across.done = "kept, for one of the splits was there"
-    for own in members.values():
-        if len(own) < 2:
+    for alike in members.values():
+        if len(alike) < 2:
             continue
-        other = next((each for each in own if each[0] != own[0][0]), None)
+        other = next((each for each in alike if each[0] != alike[0][0]), None)
         finding = across if other else inside
-        finding.count += len(own)
-        pair = own[0], other or own[1]
+        finding.count += len(alike)
+        pair = alike[0], other or alike[1]
         if len(finding.pairs) < EXAMPLES:
             finding.pairs.append(pair)
             finding.examples.append(" and ".join(f"{split} {splits[split][row].file_name}" for split, row in pair))

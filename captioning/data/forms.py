@@ -138,8 +138,9 @@ def table_items(table: Table, columns: Columns, finder: Finder, split: str = "")
         if value in (None, ""):
             continue
         name = _image_name(value)
-        if as_id(value) is not None:
-            image_id = as_id(value) if image_id is None else image_id
+        number = as_id(value)
+        if number is not None:
+            image_id = number if image_id is None else image_id
             if found := finder.find_number(image_id):
                 yield Item(os.path.basename(found), captions, own_split, image_id, found)
                 continue
@@ -213,9 +214,8 @@ def coco(path: Path, content: dict[str, Any], finder: Finder) -> Iterator[Item]:
         size = image.get("width"), image.get("height")
         known = all(type(side) is int and side > 0 for side in size)
         url = None if here else image.get("coco_url") or image.get("url")
-        size = size if known else None
         own = captions.get(image_id, [])
-        yield Item(str(name), own, split, as_id(image_id), hint=hint, url=url, size=size)
+        yield Item(str(name), own, split, as_id(image_id), hint=hint, url=url, size=size if known else None)
 
 
 # ---- tars
@@ -231,9 +231,10 @@ def webdataset(tars: list[Path], root: Path) -> Iterator[Item]:
         kept = 0
         try:
             with tarfile.open(path, "r:") as tar:
-                key, files = "", {}
+                key = ""
+                files: dict[str, Any] = {}
                 for member in tar:
-                    tar.members = []  # it would keep all of them
+                    tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
                     if not member.isfile():
                         continue
                     folder, _, name = member.name.rpartition("/")
@@ -246,7 +247,8 @@ def webdataset(tars: list[Path], root: Path) -> Iterator[Item]:
                         kept += 1
                         files.setdefault("image", (member.name, Member(member.offset_data, member.size)))
                     elif ending in ("txt", "text", "caption", "json") and member.size < 1 << 20:
-                        files[ending] = tar.extractfile(member).read()
+                        content = tar.extractfile(member)
+                        files[ending] = content.read() if content else b""
                 yield from _sample(path, split, files)
         except tarfile.ReadError as error:
             if not kept:
