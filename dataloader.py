@@ -21,6 +21,7 @@ import statistics
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from captioning import InputError, cli
 from captioning.cli import debug_flag, flag
@@ -176,11 +177,11 @@ def prepare(args: Arguments, work: Path) -> str:
                 cli.note(f"{len(pools[pool]):,} images are divided among {pool.replace('+', ', ')}")
     limit, captions = args.limit_data, None
     if args.part:
-        part, parts = args.part
+        number, count = args.part
         # Every part learns the same tokenizer, from the captions of all of them.
         captions = [c for name in pools if "train" in name for record in pools[name] for c in record.captions]
-        pools = {name: records[part - 1 :: parts] for name, records in pools.items()}
-        limit = len(range(part - 1, limit, parts))
+        pools = {name: records[number - 1 :: count] for name, records in pools.items()}
+        limit = len(range(number - 1, limit, count))
     draws = choose.plan(pools, limit, args.val_share, args.test_share)
     cli.note(f"{source}: {sum(map(len, pools.values())):,} images to choose from")
 
@@ -202,7 +203,7 @@ def prepare(args: Arguments, work: Path) -> str:
     order = choose.Pools(pools, args.seed)
     check_space(download.missing(order.first_choice(draws)), sum(draw.wanted for draw in draws), args)
     writer = folder.SplitWriter(work)
-    convert = {"convert_rgb": True} if args.convert_rgb else {}
+    convert: dict[str, Any] = {"convert_rgb": True} if args.convert_rgb else {}
     prepare_image = functools.partial(choose.prepare_image, short_side=short_side, **convert)
     fetch_images = download.fetcher(client, args.cache_dir, args.skip_missing)
     chosen = choose.choose(order, draws, prepare_image, args.num_proc, writer.keep, fetch_images)
@@ -215,8 +216,8 @@ def prepare(args: Arguments, work: Path) -> str:
     groups = chosen.divide(divided, groups)
     choose.refuse_empty(chosen)
     if tokenizer is None:
-        captions = captions or (caption for record in chosen.splits["train"] for caption in record.captions)
-        tokenizer = parts.train_tokenizer(captions, parts.VOCABULARY[args.decoder])
+        own = (caption for record in chosen.splits["train"] for caption in record.captions)
+        tokenizer = parts.train_tokenizer(captions or own, parts.VOCABULARY[args.decoder])
     cli.note(f"tokenizer: {len(tokenizer):,} tokens, {args.decoder}")
 
     # Write
@@ -255,14 +256,14 @@ def read_source(args: Arguments, work: Path, client: download.Client) -> tuple[d
     # The original's flags take every form too; where none fits, the reader of theirs says what is wrong.
     if args.karpathy_json and args.image_dir:
         with contextlib.suppress(InputError):
-            found = recognise(str(args.karpathy_json), Wanted(image_dir=args.image_dir), cache, work / SPOOL)
-            return found.pools, found.form
+            one = recognise(str(args.karpathy_json), Wanted(image_dir=args.image_dir), cache, work / SPOOL)
+            return one.pools, one.form
         return read_karpathy(args.karpathy_json, args.image_dir), f"Karpathy file {args.karpathy_json.name}"
     if args.coco_dir:
         if args.coco_dir.is_dir() and not any((args.coco_dir / name).exists() for name in download.ANNOTATIONS):
             with contextlib.suppress(InputError):
-                found = recognise(str(args.coco_dir), Wanted(), cache, work / SPOOL)
-                return found.pools, found.form
+                one = recognise(str(args.coco_dir), Wanted(), cache, work / SPOOL)
+                return one.pools, one.form
         return read_coco(args.coco_dir), "COCO 2014 from a folder"
     url = args.coco_url.rstrip("/")
     existing = next(path for path in (cache, *cache.parents) if path.exists())

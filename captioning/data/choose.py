@@ -324,9 +324,12 @@ def in_order_of_place(
     """Records and their images. Those that lie in a file of many are read in the order in which they lie there."""
     if not any(record.member for record in batch):
         return zip(batch, prepare_all(batch), strict=True)
-    order = sorted(
-        range(len(batch)), key=lambda at: (str(batch[at].location), batch[at].member.at if batch[at].member else 0)
-    )
+
+    def place(at: int) -> tuple[str, int]:
+        member = batch[at].member
+        return str(batch[at].location), member.at if member else 0
+
+    order = sorted(range(len(batch)), key=place)
     results = dict(zip(order, prepare_all([batch[at] for at in order]), strict=True))
     return [(record, results[at]) for at, record in enumerate(batch)]
 

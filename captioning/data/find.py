@@ -11,7 +11,7 @@ from __future__ import annotations
 import os
 import re
 import unicodedata
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from captioning.data.images import SUFFIXES
@@ -101,7 +101,7 @@ def _agreement(path: str, name: str, hint: str) -> tuple[int, bool, bool]:
     return same, bool(hint) and hint.lower() in ours, os.path.basename(path) == os.path.basename(name)
 
 
-def _images_below(roots: Iterable[str]) -> Iterator[str]:
+def _images_below(roots: Sequence[str]) -> Iterator[str]:
     seen = set()
     for root in roots:
         for folder, folders, files in os.walk(root, followlinks=False):

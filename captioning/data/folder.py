@@ -195,7 +195,9 @@ class _Shards:
     """The Arrow files of one split."""
 
     def __init__(self, folder: Path):
-        self.folder, self.paths, self.writer, self.size = folder, [], None, 0
+        self.folder, self.size = folder, 0
+        self.paths: list[Path] = []
+        self.writer: Any = None
 
     def write(self, table: pyarrow.Table) -> None:
         from datasets import Features, List, Value
