@@ -107,13 +107,13 @@ def _near(
     )
     if drawn:
         across.done = "kept, for one of the splits was there"
-    for alike in members.values():
-        if len(alike) < 2:
+    for places in members.values():
+        if len(places) < 2:
             continue
-        other = next((each for each in alike if each[0] != alike[0][0]), None)
+        other = next((place for place in places if place[0] != places[0][0]), None)
         finding = across if other else inside
-        finding.count += len(alike)
-        pair = alike[0], other or alike[1]
+        finding.count += len(places)
+        pair = places[0], other or places[1]
         if len(finding.pairs) < EXAMPLES:
             finding.pairs.append(pair)
             finding.examples.append(" and ".join(f"{split} {splits[split][row].file_name}" for split, row in pair))

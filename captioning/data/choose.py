@@ -147,6 +147,8 @@ def divide(
         val_share, test_share: of these images, one at least.
         groups: the number of each image's group; None: each is alone.
     """
+    if not records:
+        return []
     groups = list(range(len(records))) if groups is None else groups
     sizes = Counter(groups)
     shares = {"validation": val_share, "test": test_share}

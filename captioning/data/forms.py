@@ -138,10 +138,10 @@ def table_items(table: Table, columns: Columns, finder: Finder, split: str = "")
         if value in (None, ""):
             continue
         name = _image_name(value)
-        number = as_id(value)
-        if number is not None:
+        if as_id(value) is not None:
+            number = as_id(value)
             image_id = number if image_id is None else image_id
-            if found := finder.find_number(image_id):
+            if number is not None and (found := finder.find_number(number)):
                 yield Item(os.path.basename(found), captions, own_split, image_id, found)
                 continue
         if columns.folder and cells.get(columns.folder):
@@ -211,11 +211,12 @@ def coco(path: Path, content: dict[str, Any], finder: Finder) -> Iterator[Item]:
     # Either the images are here, or they are fetched; one that is missing among others is missing.
     here = any(finder.find(str(name), hint) for _, name, _ in names[:100])
     for image_id, name, image in names:
-        size = image.get("width"), image.get("height")
-        known = all(type(side) is int and side > 0 for side in size)
+        sides = image.get("width"), image.get("height")
+        known = all(type(side) is int and side > 0 for side in sides)
         url = None if here else image.get("coco_url") or image.get("url")
+        size = sides if known else None
         own = captions.get(image_id, [])
-        yield Item(str(name), own, split, as_id(image_id), hint=hint, url=url, size=size if known else None)
+        yield Item(str(name), own, split, as_id(image_id), hint=hint, url=url, size=size)
 
 
 # ---- tars
@@ -247,8 +248,8 @@ def webdataset(tars: list[Path], root: Path) -> Iterator[Item]:
                         kept += 1
                         files.setdefault("image", (member.name, Member(member.offset_data, member.size)))
                     elif ending in ("txt", "text", "caption", "json") and member.size < 1 << 20:
-                        content = tar.extractfile(member)
-                        files[ending] = content.read() if content else b""
+                        text = tar.extractfile(member)
+                        files[ending] = text.read() if text else b""
                 yield from _sample(path, split, files)
         except tarfile.ReadError as error:
             if not kept:

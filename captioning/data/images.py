@@ -277,7 +277,7 @@ def _kind_by_brand(data: bytes, name: str) -> str | None:
     if not brands & {b"heic", b"heix", b"heim", b"heis", b"mif1"}:
         return None
     try:
-        import pillow_heif
+        import pillow_heif  # type: ignore[import-not-found]
     except ImportError:
         raise ImageError(name, "it is a HEIC image", "run pip install pillow-heif, or convert it") from None
     pillow_heif.register_heif_opener()

@@ -7,7 +7,7 @@ Two images are compared in two steps. Their colours on 8 x 8 squares have to agr
 do. Then one is laid over the other, grey on 32 x 32 squares, with each cut of its sides by up to 5 %, and the best
 correlation counts. On Flickr8k 200 of 200 planted copies are found, with 0.6 % of the other images (some of them
 rightly). Comparing takes a time that grows with the square of the number; above MOST only images whose rough hash is
-equal count.
+equal count. Where very many pairs agree in colour, as drawings on one ground do, the best are looked at closer.
 """
 
 from __future__ import annotations
@@ -44,13 +44,24 @@ def find_groups(sketches: Sequence[bytes]) -> list[int]:
     if len(sketches) > MOST or len(sketches[0]) == HASH:
         first: dict[bytes, int] = {}
         return [first.setdefault(sketch[:HASH], number) for number, sketch in enumerate(sketches)]
+    first = {}
+    same = [first.setdefault(sketch, number) for number, sketch in enumerate(sketches)]
+    different = list(first.values())
+    groups = _find_among([sketches[number] for number in different])
+    of_number = dict(zip(different, (different[group] for group in groups), strict=True))
+    return [of_number[number] for number in same]
+
+
+def _find_among(sketches: Sequence[bytes]) -> list[int]:
+    """`find_groups` of sketches that are all different."""
     import numpy as np
 
     every = np.frombuffer(b"".join(sketches), np.uint8).reshape(len(sketches), -1)
     grey = every[:, HASH : HASH + GREY * GREY]
     pairs = _candidates(every[:, HASH + GREY * GREY :], grey)
+    alone = list(range(len(sketches)))
     if not len(pairs):
-        return list(range(len(sketches)))
+        return alone
     scores = np.concatenate(
         [_correlation(grey[part[:, 0]], grey[part[:, 1]]) for part in np.array_split(pairs, len(pairs) // 200 + 1)]
     )
@@ -59,8 +70,7 @@ def find_groups(sketches: Sequence[bytes]) -> list[int]:
         # Chest X-rays, or drawings on one ground: what is common to all of them says nothing.
         if max(Counter(groups).values()) <= max(10, len(sketches) // 10):
             return groups
-    equal: dict[bytes, int] = {}
-    return [equal.setdefault(sketch, number) for number, sketch in enumerate(sketches)]
+    return alone
 
 
 def _normal(values):
@@ -74,19 +84,22 @@ def _normal(values):
 
 
 def _candidates(colours, grey):
-    """(pairs, 2): images whose colours agree."""
+    """(pairs, 2): images whose colours agree; where very many do, those whose greys agree best."""
     import numpy as np
 
     colours, grey = _normal(colours), _normal(grey)
-    found = [np.empty((0, 2), np.int64)]
-    for start in range(0, len(colours), 1024):
-        agree = colours[start : start + 1024] @ colours[start:].T >= SAME_COLOURS
-        one, other = np.nonzero(np.triu(agree, 1))
-        pairs = np.stack([one + start, other + start], 1)
-        for part in np.array_split(pairs, len(pairs) // 10_000 + 1):
-            agree = np.einsum("pk,pk->p", grey[part[:, 0]], grey[part[:, 1]])
-            found.append(part[agree >= SAME_GREY])
-    return np.concatenate(found)
+    most = max(10_000, 2 * len(colours))
+    pairs, scores = np.empty((0, 2), np.int64), np.empty(0, np.float32)
+    for start in range(0, len(colours), 256):
+        agree = np.triu(colours[start : start + 256] @ colours[start:].T >= SAME_COLOURS, 1)
+        alike = (grey[start : start + 256] @ grey[start:].T)[agree]
+        one, other = np.nonzero(agree)
+        pairs = np.concatenate([pairs, np.stack([one + start, other + start], 1)[alike >= SAME_GREY]])
+        scores = np.concatenate([scores, alike[alike >= SAME_GREY]])
+        if len(pairs) > most:
+            best = np.sort(np.argpartition(-scores, most)[:most])
+            pairs, scores = pairs[best], scores[best]
+    return pairs
 
 
 def _windows():

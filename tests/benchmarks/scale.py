@@ -2,8 +2,11 @@
 
     python tests/benchmarks/scale.py                              # a sixteenth, a quarter, and all of it
     python tests/benchmarks/scale.py --shares 0.01 --images DIR   # images of a COCO 2014 root instead of drawn ones
+    python tests/benchmarks/scale.py --form csv                   # a CSV of a million rows, five to an image
+    python tests/benchmarks/scale.py --form tar                   # tars of a million images with a text each
 
-All of it is 82,783 + 40,504 images with 616,767 captions. The images are hard links to a few hundred files. Memory is
+All of it is 82,783 + 40,504 images with 616,767 captions, or a million rows. The images are hard links to a few hundred
+files, small ones of 64 x 48 pixels where rows are what is measured. Memory is
 the largest sum over all processes of the run, each shared page counted once (Linux's Pss): in all, and without the
 files that are mapped into memory, which the system takes back when it needs them. Prints a markdown table.
 """
@@ -11,12 +14,16 @@ files that are mapped into memory, which the system takes back when it needs the
 from __future__ import annotations
 
 import argparse
+import csv
+import io
 import json
 import os
 import random
 import resource
+import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 from pathlib import Path
@@ -28,6 +35,7 @@ sys.path.insert(0, str(ROOT))
 
 from captioning.data import scenes  # noqa: E402 (found through the path above)
 
+ROWS = 1_000_000
 FULL = {"train2014": (82_783, 414_113), "val2014": (40_504, 202_654)}  # images, captions
 
 
@@ -38,6 +46,7 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--num_proc", type=int, default=os.cpu_count())
     parser.add_argument("--encoder", default="base", help="decides the stored size: base is 256 px")
     parser.add_argument("--decoder", default="small", help="a preset, or what the tokenizer is taken from")
+    parser.add_argument("--form", choices=("coco", "csv", "tar"), default="coco", help="what the data set is")
     args = parser.parse_args(argv)
     results = []
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
@@ -49,8 +58,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
         print("|---:|---:|---:|---:|---:|---:|---:|---:|---:|")
         for share in args.shares:
             root = Path(folder) / f"coco{share}"
-            counts = lay_out(root, files, captions, share)
+            if args.form == "coco":
+                counts = lay_out(root, files, captions, share)
+            else:
+                small = shrunk(files, Path(folder) / "small")
+                counts = (lay_out_csv if args.form == "csv" else lay_out_tars)(root, small, captions, share)
             result = measure(root, Path(folder) / "out", args)
+            shutil.rmtree(root)
             results.append({"images": sum(images for images, _ in counts), **result})
             speed = results[-1]["images"] / result["seconds"]
             row = [sum(column) for column in zip(*counts, strict=True)] + [result["seconds"], speed]
@@ -118,9 +132,55 @@ def lay_out(root: Path, files: list[Path], captions: list[str], share: float) ->
     return counts
 
 
+def shrunk(files: list[Path], folder: Path) -> list[Path]:
+    """The images at 64 x 48 pixels."""
+    folder.mkdir(exist_ok=True)
+    for file in files:
+        with Image.open(file) as image:
+            image.resize((64, 48)).save(folder / file.name, quality=80)
+    return sorted(folder.iterdir())
+
+
+def lay_out_csv(root: Path, files: list[Path], captions: list[str], share: float) -> list[tuple[int, int]]:
+    """A CSV of a million rows or a share of them, five for an image."""
+    rng, number = random.Random(1), round(ROWS * share / 5)
+    root.mkdir()
+    with (root / "captions.csv").open("w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "caption"])
+        for position in range(number):
+            name = f"{position // 1000:04d}/{position:07d}.jpg"
+            (root / name).parent.mkdir(exist_ok=True)
+            os.link(files[position % len(files)], root / name)
+            writer.writerows([name, rng.choice(captions)] for _ in range(5))
+    return [(number, 5 * number)]
+
+
+def lay_out_tars(root: Path, files: list[Path], captions: list[str], share: float) -> list[tuple[int, int]]:
+    """Tars of 10,000 images with a text each, a million or a share of them."""
+    rng, number = random.Random(1), round(ROWS * share)
+    images = [file.read_bytes() for file in files]
+    root.mkdir()
+    for start in range(0, number, 10_000):
+        with tarfile.open(root / f"{start // 10_000:05d}.tar", "w") as tar:
+            for position in range(start, min(start + 10_000, number)):
+                text = rng.choice(captions).encode()
+                for ending, content in (("jpg", images[position % len(images)]), ("txt", text)):
+                    member = tarfile.TarInfo(f"{position:09d}.{ending}")
+                    member.size = len(content)
+                    tar.addfile(member, io.BytesIO(content))
+            tar.members = []
+    return [(number, number)]
+
+
 def measure(root: Path, out: Path, args: argparse.Namespace) -> dict[str, float]:
     """Run dataloader.py over all of `root`; seconds, and memory in MB."""
-    command = [sys.executable, str(ROOT / "dataloader.py"), f"--coco_dir={root}", "--limit_data=0"]
+    command = [
+        sys.executable,
+        str(ROOT / "dataloader.py"),
+        f"--{'coco_dir' if args.form == 'coco' else 'data'}={root}",
+        "--limit_data=0",
+    ]
     command += [f"--save_path={out}", f"--encoder={args.encoder}", f"--decoder={args.decoder}"]
     command += [f"--num_proc={args.num_proc}"]
     began, busy = time.monotonic(), cpu_seconds()
