@@ -110,7 +110,7 @@ def test_projecting_the_labelled_positions_alone_changes_nothing(tokenizer, tmp_
         {"bf16": True},
         {"bf16": True, "attention": "eager"},
         {"activation_checkpointing": True},
-        {"torch_compile": True, "torch_compile_backend": "aot_eager"},
+        pytest.param({"torch_compile": True, "torch_compile_backend": "aot_eager"}, marks=pytest.mark.slow),
         {
             "bf16": True,
             "activation_checkpointing": True,
