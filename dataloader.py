@@ -22,6 +22,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from captioning import InputError, cli
 from captioning.cli import debug_flag, flag
@@ -204,7 +205,8 @@ def prepare(args: Arguments, work: Path) -> str:
     order = choose.Pools(pools, args.seed)
     check_space(download.missing(order.first_choice(draws)), sum(draw.wanted for draw in draws), args)
     writer = folder.SplitWriter(work)
-    prepare_image = functools.partial(choose.prepare_image, short_side=short_side, convert_rgb=args.convert_rgb)
+    convert: dict[str, Any] = {"convert_rgb": True} if args.convert_rgb else {}
+    prepare_image = functools.partial(choose.prepare_image, short_side=short_side, **convert)
     fetch_images = download.fetcher(client, args.cache_dir, args.skip_missing)
     chosen = choose.choose(order, draws, prepare_image, args.num_proc, writer.keep, fetch_images)
     groups = chosen.groups()

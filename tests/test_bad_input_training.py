@@ -547,7 +547,7 @@ REFUSED: dict[str, Row] = {
     "an image without a caption": (
         "inference",
         predictions(lambda entries: entries[1:]),
-        "1 images of the split have no prediction, such as 995; it has to caption each image of the --split once",
+        "1 images of the split have no prediction, such as 1895; it has to caption each image of the --split once",
     ),
     "ids of another split": (
         "inference",

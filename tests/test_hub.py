@@ -259,8 +259,9 @@ def test_a_hub_that_goes_away_in_the_middle_is_one_sentence(three_steps, tmp_pat
         hub.routes[hub.large(VIT, "model.safetensors")] = leave
         flags = [f"--data_path={three_steps[0] / 'processed_data'}", f"--output_dir={tmp_path / 'run'}"]
         code, said = fork("train", flags, hub.environment(tmp_path / "home"), tmp_path)
-    reason = f"--encoder '{VIT}' was not fetched in full: the Hugging Face hub does not answer (ConnectError); run the"
+    reason = f"--encoder '{VIT}' was not fetched in full: the Hugging Face hub does not answer ("
     assert code == 2 and lines(said)[-1].startswith(f"train.py: error: {reason}"), said
+    assert lines(said)[-1].endswith("Error); run the same command again"), said
     assert "Traceback" not in said
     assert not (tmp_path / "run").exists()
 

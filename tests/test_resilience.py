@@ -597,7 +597,9 @@ def test_one_two_and_three_processes_train_to_the_same_weights_and_scores(few, t
         for split in ("validation", "test"):
             assert found[count][2][split] == pytest.approx(results[split], rel=1e-4)
         for name, weight in weights.items():
-            torch.testing.assert_close(found[count][3][name], weight, atol=1e-4, rtol=1e-3)
+            # Adam turns a rounding of a gradient near zero into a part of a step, which is 1e-3.
+            difference = (found[count][3][name] - weight).abs()
+            assert difference.mean() < 1e-5 and difference.max() < 5e-4, name
 
 
 def last_one(ends: str):

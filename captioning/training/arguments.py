@@ -523,7 +523,8 @@ def _settings_of_accelerate() -> tuple[int, int, int] | None:
 
     try:
         words = psutil.Process(os.getppid()).cmdline()
-        begin = next(i for i, word in enumerate(words) if word == "launch" or word.endswith("accelerate-launch"))
+        names = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
+        begin = next(i for i, word in enumerate(words) if word.rpartition("/")[2] in names)
         args = launch_command_parser().parse_args(words[begin + 1 :])
     except (psutil.Error, StopIteration, SystemExit):
         return None
