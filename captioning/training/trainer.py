@@ -321,6 +321,8 @@ class CaptionTrainer(ResumableTrainer):
     def _save(self, output_dir=None, state_dict=None):
         """A checkpoint is a run folder too: `inference.py --model_path run/checkpoint-100` works."""
         super()._save(output_dir, state_dict)
+        if not self.args.should_save:  # the Trainer calls this in every process: two would write one file at once
+            return
         save_tokenizer(self.bundle.tokenizer, output_dir or self.args.output_dir)
         self.bundle.image_processor.save_pretrained(output_dir or self.args.output_dir)
 
