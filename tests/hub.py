@@ -33,6 +33,18 @@ SWIN, DINOV2 = "microsoft/swin-base-patch4-window7-224-in22k", "facebook/dinov2-
 CLIP = "openai/clip-vit-base-patch16"
 CAPTIONER = "nlpconnect/vit-gpt2-image-captioning"
 WIDTH, HEADS, LAYERS = 32, 2, 2
+VIT_ATTENTION = (*(f"attention.attention.{part}" for part in ("query", "key", "value")), "attention.output.dense")
+VIT_SETTINGS = {
+    "attention_probs_dropout_prob": 0.0,
+    "hidden_act": "gelu",
+    "hidden_dropout_prob": 0.0,
+    "hidden_size": WIDTH,
+    "initializer_range": 0.02,
+    "num_attention_heads": HEADS,
+    "num_channels": 3,
+    "num_hidden_layers": LAYERS,
+    "qkv_bias": True,
+}
 # What is there besides and never needed: reading it as weights fails.
 OTHER_FORMATS = ("tf_model.h5", "flax_model.msgpack", ".gitattributes", "README.md")
 
@@ -196,28 +208,19 @@ def vit() -> Repository:
         **_affine("pooler.dense", WIDTH, WIDTH),
     }
     for layer in map(name.format, range(LAYERS)):
-        for part in ("attention.attention.query", "attention.attention.key", "attention.attention.value"):
+        for part in VIT_ATTENTION:
             shapes |= _affine(layer + part, WIDTH, WIDTH)
-        shapes |= _affine(layer + "attention.output.dense", WIDTH, WIDTH)
         shapes |= _affine(layer + "intermediate.dense", 4 * WIDTH, WIDTH)
         shapes |= _affine(layer + "output.dense", WIDTH, 4 * WIDTH)
         shapes |= _affine(layer + "layernorm_before", WIDTH) | _affine(layer + "layernorm_after", WIDTH)
     config = {
+        **VIT_SETTINGS,
         "architectures": ["ViTModel"],
-        "attention_probs_dropout_prob": 0.0,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "hidden_size": WIDTH,
         "image_size": 32,
-        "initializer_range": 0.02,
         "intermediate_size": 4 * WIDTH,
         "layer_norm_eps": 1e-12,
         "model_type": "vit",
-        "num_attention_heads": HEADS,
-        "num_channels": 3,
-        "num_hidden_layers": LAYERS,
         "patch_size": 8,
-        "qkv_bias": True,
         "transformers_version": "4.13.0.dev0",
     }
     preprocessor = {
@@ -238,30 +241,7 @@ def gpt2() -> Repository:
     vocabulary, tokenizer = gpt2_tokenizer()
     shapes = _gpt2_shapes("", vocabulary)
     extra = {f"h.{layer}.attn.bias": torch.ones(1, 1, 128, 128).tril() for layer in range(LAYERS)}
-    config = {
-        "activation_function": "gelu_new",
-        "architectures": ["GPT2LMHeadModel"],
-        "attn_pdrop": 0.1,
-        "bos_token_id": vocabulary - 1,
-        "embd_pdrop": 0.1,
-        "eos_token_id": vocabulary - 1,
-        "initializer_range": 0.02,
-        "layer_norm_epsilon": 1e-05,
-        "model_type": "gpt2",
-        "n_ctx": 128,
-        "n_embd": WIDTH,
-        "n_head": HEADS,
-        "n_layer": LAYERS,
-        "n_positions": 128,
-        "resid_pdrop": 0.1,
-        "summary_activation": None,
-        "summary_first_dropout": 0.1,
-        "summary_proj_to_labels": True,
-        "summary_type": "cls_index",
-        "summary_use_proj": True,
-        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-        "vocab_size": vocabulary,
-    }
+    config = _gpt2_config(vocabulary)
     generation = {
         "_from_model_config": True,
         "bos_token_id": vocabulary - 1,
@@ -290,31 +270,10 @@ def distilgpt2() -> Repository:
         extra[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 128, 128).tril().to(torch.uint8)
         extra[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     config = {
+        **_gpt2_config(vocabulary, heads=4),
         "_num_labels": 1,
-        "activation_function": "gelu_new",
-        "architectures": ["GPT2LMHeadModel"],
-        "attn_pdrop": 0.1,
-        "bos_token_id": vocabulary - 1,
-        "embd_pdrop": 0.1,
-        "eos_token_id": vocabulary - 1,
         "id2label": {"0": "LABEL_0"},
-        "initializer_range": 0.02,
         "label2id": {"LABEL_0": 0},
-        "layer_norm_epsilon": 1e-05,
-        "model_type": "gpt2",
-        "n_ctx": 128,
-        "n_embd": 2 * WIDTH,
-        "n_head": 4,
-        "n_layer": LAYERS,
-        "n_positions": 128,
-        "resid_pdrop": 0.1,
-        "summary_activation": None,
-        "summary_first_dropout": 0.1,
-        "summary_proj_to_labels": True,
-        "summary_type": "cls_index",
-        "summary_use_proj": True,
-        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
-        "vocab_size": vocabulary,
     }
     files = {"config.json": config, "tokenizer_config.json": {"model_max_length": 1024}, **tokenizer}
     tied = {"lm_head.weight": "transformer.wte.weight"}
@@ -396,30 +355,21 @@ def dinov2() -> Repository:
         **_affine("layernorm", WIDTH),
     }
     for layer in (f"encoder.layer.{index}." for index in range(LAYERS)):
-        for part in ("attention.attention.query", "attention.attention.key", "attention.attention.value"):
+        for part in VIT_ATTENTION:
             shapes |= _affine(layer + part, WIDTH, WIDTH)
-        shapes |= _affine(layer + "attention.output.dense", WIDTH, WIDTH)
         shapes |= _affine(layer + "mlp.fc1", 4 * WIDTH, WIDTH) | _affine(layer + "mlp.fc2", WIDTH, 4 * WIDTH)
         shapes |= _affine(layer + "norm1", WIDTH) | _affine(layer + "norm2", WIDTH)
         shapes |= {f"{layer}layer_scale1.lambda1": (WIDTH,), f"{layer}layer_scale2.lambda1": (WIDTH,)}
     config = {
+        **VIT_SETTINGS,
         "architectures": ["Dinov2Model"],
-        "attention_probs_dropout_prob": 0.0,
         "drop_path_rate": 0.0,
-        "hidden_act": "gelu",
-        "hidden_dropout_prob": 0.0,
-        "hidden_size": WIDTH,
         "image_size": 70,
-        "initializer_range": 0.02,
         "layer_norm_eps": 1e-06,
         "layerscale_value": 1.0,
         "mlp_ratio": 4,
         "model_type": "dinov2",
-        "num_attention_heads": HEADS,
-        "num_channels": 3,
-        "num_hidden_layers": LAYERS,
         "patch_size": 14,
-        "qkv_bias": True,
         "torch_dtype": "float32",
         "transformers_version": "4.32.0.dev0",
         "use_swiglu_ffn": False,
@@ -629,6 +579,33 @@ def gpt2_tokenizer() -> tuple[int, dict[str, bytes]]:
     lines = ["#version: 0.2", *(" ".join(pair) for pair in merges)]
     contents = (json.dumps(vocabulary), "\n".join(lines) + "\n", whole.to_str())
     return len(vocabulary), {name: text.encode() for name, text in zip(TOKENIZER_FILES, contents, strict=True)}
+
+
+def _gpt2_config(vocabulary: int, heads: int = HEADS) -> dict[str, object]:
+    return {
+        "activation_function": "gelu_new",
+        "architectures": ["GPT2LMHeadModel"],
+        "attn_pdrop": 0.1,
+        "bos_token_id": vocabulary - 1,
+        "embd_pdrop": 0.1,
+        "eos_token_id": vocabulary - 1,
+        "initializer_range": 0.02,
+        "layer_norm_epsilon": 1e-05,
+        "model_type": "gpt2",
+        "n_ctx": 128,
+        "n_embd": heads * WIDTH // HEADS,
+        "n_head": heads,
+        "n_layer": LAYERS,
+        "n_positions": 128,
+        "resid_pdrop": 0.1,
+        "summary_activation": None,
+        "summary_first_dropout": 0.1,
+        "summary_proj_to_labels": True,
+        "summary_type": "cls_index",
+        "summary_use_proj": True,
+        "task_specific_params": {"text-generation": {"do_sample": True, "max_length": 50}},
+        "vocab_size": vocabulary,
+    }
 
 
 def _gpt2_shapes(prefix: str, vocabulary: int, heads: int = HEADS) -> dict[str, tuple[int, ...]]:

@@ -587,7 +587,8 @@ def test_what_is_not_cocos_archive_is_refused(make, reason, ranges, original, se
 def test_members_that_climb_out_are_left_alone(original, server, tmp_path):
     link = zipfile.ZipInfo("annotations/link")
     link.external_attr = 0o120777 << 16
-    hostile = {"../../climbed.txt": b"x", "/tmp/absolute-climbed.txt": b"x", "annotations/../../up.json": b"{}"}
+    absolute = tmp_path / "absolute-climbed.txt"
+    hostile = {"../../climbed.txt": b"x", str(absolute): b"x", "annotations/../../up.json": b"{}"}
     data = io.BytesIO(packed(original, **hostile))
     with zipfile.ZipFile(data, "a") as members:
         members.writestr(link, "/etc/passwd")
@@ -596,7 +597,7 @@ def test_members_that_climb_out_are_left_alone(original, server, tmp_path):
     assert_captions(original, tmp_path / "a" / "b" / "cache")
     files = {path.name for path in tmp_path.rglob("*") if path.is_file() or path.is_symlink()}
     assert files == {"captions_train2014.json", "captions_val2014.json"}
-    assert not os.path.lexists("/tmp/absolute-climbed.txt")
+    assert not os.path.lexists(absolute)
 
 
 @pytest.mark.parametrize("name", ["../../x.jpg", "/etc/passwd", "a\\..\\x.jpg", "", ".", "x\0.jpg"])

@@ -16,6 +16,7 @@ PAGES = [
     "tests/benchmarks/SCORES.md",
 ]
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests/benchmarks/recipes").glob("*.sh"))
+SHARED = "tests/benchmarks/recipes/prepare.bash"  # what the recipes share
 OF_OTHERS = {"--multi_gpu", "--num_processes", "--cpu", "--check"}  # accelerate launch, ruff format
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
@@ -29,7 +30,7 @@ def known() -> set[str]:
     return set().union(*(FLAG.findall(done.stdout) for done in helps))
 
 
-@pytest.mark.parametrize("page", PAGES + RECIPES)
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES, SHARED])
 def test_every_flag_exists(page, known):
     text = (ROOT / page).read_text()
     named = set(FLAG.findall(text))
@@ -141,7 +142,7 @@ def test_the_readme_is_short():
     assert len(README.split()) <= 2_000
 
 
-@pytest.mark.parametrize("page", PAGES + RECIPES)
+@pytest.mark.parametrize("page", [*PAGES, *RECIPES, SHARED])
 def test_nothing_is_left_to_fill_in(page):
     text = (ROOT / page).read_text()
     assert "@@" not in text and "TODO" not in text

@@ -7,12 +7,9 @@
 set -euo pipefail
 usage="usage: flickr8k.sh FLICKR8K [ENCODER] [OUT]; FLICKR8K holds dataset_flickr8k.json and images/"
 flickr8k=${1:?$usage} encoder=${2:-facebook/dinov2-small} out=${3:-.}
-root=$(cd "$(dirname "$0")/../../.." && pwd)
+source "$(dirname "$0")/prepare.bash"
 
-if [ ! -e "$out/flickr/dataset.json" ]; then # other recipes share the folder and its cached features
-  python "$root/dataloader.py" --karpathy_json "$flickr8k/dataset_flickr8k.json" --image_dir "$flickr8k/images" \
-    --limit_data 0 --encoder "$encoder" --decoder small --save_path "$out/flickr"
-fi
+prepare flickr "$flickr8k/dataset_flickr8k.json" "$flickr8k/images" small
 
 python "$root/train.py" --data_path "$out/flickr" --output_dir "$out/run-flickr" --freeze_encoder --cache_features \
   --augment 3 --dropout 0.2 --epochs 22 --self_critical_epochs 6 --eval_delay 5

@@ -7,12 +7,9 @@
 set -euo pipefail
 usage="usage: flickr8k_clip.sh FLICKR8K [ENCODER] [OUT]; FLICKR8K holds dataset_flickr8k.json and images/"
 flickr8k=${1:?$usage} encoder=${2:-openai/clip-vit-base-patch16} out=${3:-.}
-root=$(cd "$(dirname "$0")/../../.." && pwd)
+source "$(dirname "$0")/prepare.bash"
 
-if [ ! -e "$out/flickr-clip/dataset.json" ]; then # other recipes share the folder and its cached features
-  python "$root/dataloader.py" --karpathy_json "$flickr8k/dataset_flickr8k.json" --image_dir "$flickr8k/images" \
-    --limit_data 0 --encoder "$encoder" --decoder small --save_path "$out/flickr-clip"
-fi
+prepare flickr-clip "$flickr8k/dataset_flickr8k.json" "$flickr8k/images" small
 
 python "$root/train.py" --data_path "$out/flickr-clip" --output_dir "$out/run-flickr-clip" --freeze_encoder \
   --cache_features --augment 2 --dropout 0.2 --epochs 22 --self_critical_epochs 6 --eval_delay 13

@@ -9,7 +9,7 @@ set -euo pipefail
 usage="usage: flickr8k_clip_overfitting.sh FLICKR8K COCO2014 [ENCODER] [OUT]; each folder holds its Karpathy file"
 flickr8k=$(realpath "${1:?$usage}") coco=$(realpath "${2:?$usage}")
 encoder=${3:-openai/clip-vit-base-patch16} out=${4:-.}
-root=$(cd "$(dirname "$0")/../../.." && pwd)
+source "$(dirname "$0")/prepare.bash"
 
 # One Karpathy file of both: Flickr8k whole, and of COCO what counts as train, under ids of its own.
 images="$out/flickr-coco-images"
@@ -31,10 +31,7 @@ for image in json.loads(coco.read_text())["images"]:
         images.append({**image, "filepath": folder, "cocoid": image["cocoid"] + 10_000_000})
 joined.write_text(json.dumps({"images": images}))
 END
-if [ ! -e "$out/flickr-coco/dataset.json" ]; then
-  python "$root/dataloader.py" --karpathy_json "$images/dataset.json" --image_dir "$images" --limit_data 0 \
-    --encoder "$encoder" --decoder small --save_path "$out/flickr-coco"
-fi
+prepare flickr-coco "$images/dataset.json" "$images" small
 
 critical=(--augment 3 --epochs 11 --self_critical_epochs 11 --self_critical_lr 3e-4)
 python "$root/tests/benchmarks/ablate.py" ingredients --only "half of the patches dropped" --seeds 0 \

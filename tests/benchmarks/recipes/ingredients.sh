@@ -6,24 +6,19 @@
 set -euo pipefail
 usage="usage: ingredients.sh FLICKR8K [ENCODER] [OUT] [GPT2_DECODER]; FLICKR8K holds dataset_flickr8k.json and images/"
 flickr8k=${1:?$usage} encoder=${2:-facebook/dinov2-small} out=${3:-.} pretrained=${4:-}
-root=$(cd "$(dirname "$0")/../../.." && pwd)
+source "$(dirname "$0")/prepare.bash"
 
-prepare() { # NAME DECODER [FLAG]: the data folder NAME, unless it is there
-  if [ ! -e "$out/$1/dataset.json" ]; then
-    python "$root/dataloader.py" --karpathy_json "$flickr8k/dataset_flickr8k.json" --image_dir "$flickr8k/images" \
-      --limit_data 0 --encoder "$encoder" --decoder "$2" --save_path "$out/$1" "${@:3}"
-  fi
-}
+flickr=("$flickr8k/dataset_flickr8k.json" "$flickr8k/images")
 compare() { # DATA OUTPUT [FLAG...]: one training for each row
   python "$root/tests/benchmarks/ablate.py" ingredients --data_path "$out/$1" --output_dir "$out/$2" \
     --train_images 2000 "${@:3}" -- --epochs 12 --eval_delay 5
 }
 
-prepare flickr small
+prepare flickr "${flickr[@]}" small
 compare flickr ablations --seeds 0 1
-prepare flickr-cropped small --center_crop
+prepare flickr-cropped "${flickr[@]}" small --center_crop
 compare flickr-cropped ablations-cropped --seeds 0 1 --only default
 if [ -n "$pretrained" ]; then # a pretrained decoder in GPT-2's format, with GPT-2's tokenizer
-  prepare flickr-gpt2 "$pretrained"
+  prepare flickr-gpt2 "${flickr[@]}" "$pretrained"
   compare flickr-gpt2 ablations-gpt2 --only default "cross-attention alone for two of the epochs"
 fi

@@ -6,11 +6,8 @@
 set -euo pipefail
 usage="usage: mistakes.sh COCO2014 [ENCODER] [OUT]; COCO2014 holds dataset_coco.json, train2014/ and val2014/"
 coco=${1:?$usage} encoder=${2:-facebook/dinov2-small} out=${3:-.}
-root=$(cd "$(dirname "$0")/../../.." && pwd)
+source "$(dirname "$0")/prepare.bash"
 
-if [ ! -e "$out/karpathy/dataset.json" ]; then
-  python "$root/dataloader.py" --karpathy_json "$coco/dataset_coco.json" --image_dir "$coco" --limit_data 0 \
-    --encoder "$encoder" --decoder small --save_path "$out/karpathy"
-fi
+prepare karpathy "$coco/dataset_coco.json" "$coco" small
 python "$root/tests/benchmarks/ablate.py" mistakes --data_path "$out/karpathy" --output_dir "$out/mistakes" \
   -- --epochs 8
