@@ -6,6 +6,7 @@ import importlib
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -38,6 +39,13 @@ def run(name: str, arguments: list, monkeypatch) -> int:
 def hears_ctrl_c() -> None:
     """A `preexec_fn`: as from a terminal, even where the tests run in the background, which ignores Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def contents(folder: Path) -> dict[str, bytes]:

@@ -6,13 +6,12 @@ import importlib
 import multiprocessing
 import os
 import signal
-import socket
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conftest import ROOT
+from conftest import ROOT, free_port
 
 FORKS = multiprocessing.get_context("forkserver")
 FORKS.set_forkserver_preload(["tests.warm"])  # by the working directory; elsewhere it is slower, and no more
@@ -70,9 +69,7 @@ class Training:
 
 def several(count: int, arguments: list, folder: Path, before: Callable[[], None] | None = None) -> list[Training]:
     """As many processes as a launcher would start, without the launcher, logs in `folder`."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     shared = {"WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     folder.mkdir(parents=True, exist_ok=True)
     return [

@@ -82,7 +82,7 @@ class _Handler(BaseHTTPRequestHandler):
         with contextlib.suppress(OSError):  # the client may leave at any time
             route(self)
 
-    do_GET = do_HEAD = do_POST = _answer
+    do_GET = do_HEAD = do_POST = do_PUT = _answer
 
     def log_message(self, *_) -> None:
         pass

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import io
-
+from pictures import encoded
 from PIL import Image
 
 from captioning.data.folder import Split
@@ -21,12 +20,10 @@ def split(count: int) -> Split:
     rows: dict[str, list] = {"image_id": [], "file_name": [], "image": [], "captions": [], "labels": []}
     for index in range(count):
         colour, thing = COLOURS[index % len(COLOURS)], THINGS[index // len(COLOURS) % len(THINGS)]
-        data = io.BytesIO()
-        Image.new("RGB", (48, 36), colour).save(data, "PNG")
         place = f"place {index}"
         rows["image_id"].append(1000 + index)
         rows["file_name"].append(f"{index}.png")
-        rows["image"].append({"bytes": data.getvalue(), "path": None})
+        rows["image"].append({"bytes": encoded(Image.new("RGB", (48, 36), colour)), "path": None})
         rows["captions"].append([f"A {colour} {thing} in {place}.", f"There is a {thing} in {place}.", f"A {thing}."])
         rows["labels"].append([[1, 0]] * 3)
     features = {"image_id": Value("int64"), "file_name": Value("string"), "image": Picture()}

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from pictures import encoded
+
 from captioning.data import scenes
 
 
@@ -29,11 +31,9 @@ def draw(count: int = 60) -> list[Picture]:
     pictures = []
     for number in range(count):
         image, captions, _ = scenes.draw_scene(rng)
-        file = io.BytesIO()
-        image.save(file, "JPEG", quality=90)
         split = "validation" if number % 10 == 4 else "test" if number % 10 == 7 else "train"
         own = [captions[0], f'{captions[1][:-1]}, drawn as "number {number}", and nothing else.']
-        pictures.append(Picture(number, f"scene_{number:03d}.jpg", split, file.getvalue(), own))
+        pictures.append(Picture(number, f"scene_{number:03d}.jpg", split, encoded(image, "JPEG", quality=90), own))
     return pictures
 
 
@@ -433,9 +433,3 @@ def predictions_beside_images(folder, pictures):
     own = [{"image_id": p.number, "caption": caption} for p in pictures for caption in p.captions]
     as_json(folder / "predictions_test.json", own)
     return folder
-
-
-def raw_images():
-    from datasets import Image
-
-    return Image(decode=False)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from conftest import ROOT, contents, run
+from pictures import encoded
 from PIL import Image
 
 from captioning.model import parts
@@ -178,14 +179,6 @@ def predictions(change) -> Make:
         return [f"--predictions={folder / 'results.json'}", f"--data_path={HERE['few']}"]
 
     return make
-
-
-def png(side: int) -> bytes:
-    import io
-
-    file = io.BytesIO()
-    Image.new("RGB", (side, side)).save(file, "PNG")
-    return file.getvalue()
 
 
 AGAIN = "run dataloader.py again"
@@ -357,7 +350,7 @@ REFUSED: dict[str, Row] = {
     ),
     "images cut short": (
         "train",
-        data(split("train", images_replaced(png(64)[:-30]))),
+        data(split("train", images_replaced(encoded(Image.new("RGB", (64, 64)))[:-30]))),
         rf"image \d+ of the prepared data cannot be read .*{AGAIN}",
     ),
     "images that a data worker cannot read": (

@@ -8,7 +8,6 @@ from captioning.data import scenes
 from captioning.data.facts import Facts, facts, right, share_right
 
 ONE = "A small red circle on a white background."
-SEVERAL = "Three blue squares, all of them blue."
 
 
 def drawn(count: int):

@@ -71,14 +71,15 @@ def test_loss_with_cached_features_equals_the_live_loss(bundle_and_data, tmp_pat
 
 def test_other_weights_images_or_preprocessing_are_other_files(bundle_and_data, tmp_path):
     bundle, dataset = bundle_and_data
-    names = {features.FeatureCache(bundle, tmp_path, 4, print).fingerprint(dataset)}
+    cache = features.FeatureCache(bundle, tmp_path, 4, print)
+    names = {cache.fingerprint(dataset)}
     with torch.no_grad():
         next(bundle.model.encoder.parameters()).add_(1e-3)
-    names.add(features.FeatureCache(bundle, tmp_path, 4, print).fingerprint(dataset))
+    names.add(cache.fingerprint(dataset))
     bundle.image_processor.image_mean = [0.4, 0.5, 0.5]
-    names.add(features.FeatureCache(bundle, tmp_path, 4, print).fingerprint(dataset))
+    names.add(cache.fingerprint(dataset))
     dataset.split = dataset.split.select(range(20))
-    names.add(features.FeatureCache(bundle, tmp_path, 4, print).fingerprint(dataset))
+    names.add(cache.fingerprint(dataset))
     assert len(names) == 4
 
 
@@ -148,10 +149,8 @@ def test_variants_are_cached_apart_and_taken_in_turn(bundle_and_data, prepared, 
     bundle, plain = bundle_and_data
     rows = load_prepared(prepared)[0]["validation"].select(range(21))
     dataset = batches.CaptionDataset(rows, plain.pixels, augment=True, seed=3)
-    cached = [
-        features.FeatureCache(bundle, tmp_path, 4, lambda _: None).features(dataset, "validation", variant)
-        for variant in range(3)
-    ]
+    cache = features.FeatureCache(bundle, tmp_path, 4, lambda _: None)
+    cached = [cache.features(dataset, "validation", variant) for variant in range(3)]
     assert len(list(tmp_path.glob("*.npy"))) == 3
     assert np.array_equal(cached[0], compute(bundle, plain, tmp_path)), "variant 0 is the image as it is"
     dataset.features = cached
@@ -161,11 +160,8 @@ def test_variants_are_cached_apart_and_taken_in_turn(bundle_and_data, prepared, 
     live = bundle.model.encoder.eval()(pixel_values=live).last_hidden_state[0].detach().numpy()
     np.testing.assert_allclose(cached[2][8].astype(np.float32), live, atol=4e-3)
     other = batches.CaptionDataset(rows, plain.pixels, augment=True, seed=4)
-    names = {
-        features.FeatureCache(bundle, tmp_path, 4, print).fingerprint(d, v) for d in (dataset, other) for v in (0, 1, 2)
-    }
+    names = {cache.fingerprint(d, v) for d in (dataset, other) for v in (0, 1, 2)}
     assert len(names) == 5, "variant 0 does not depend on the seed"
     straight = batches.CaptionDataset(rows, plain.pixels, augment=True, seed=3, mirror=False)
-    cache = features.FeatureCache(bundle, tmp_path, 4, print)
     assert cache.fingerprint(straight, 0) == cache.fingerprint(dataset, 0)
     assert cache.fingerprint(straight, 1) not in names, "what is never mirrored is cached apart"

@@ -8,6 +8,7 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from conftest import free_port
 from httpserver import (
     Server,
     body,
@@ -174,10 +175,7 @@ def test_a_redirect_does_not_take_the_password_along(server):
 
 
 def test_no_connection_and_no_such_host(server, monkeypatch):
-    with socket.socket() as unused:
-        unused.bind(("127.0.0.1", 0))
-        port = unused.getsockname()[1]
-    assert "no connection" in refusal(read_bytes, f"http://127.0.0.1:{port}/x.jpg")
+    assert "no connection" in refusal(read_bytes, f"http://127.0.0.1:{free_port()}/x.jpg")
     monkeypatch.setattr(socket, "getaddrinfo", no_such_host)
     assert "no connection" in refusal(read_bytes, "http://no-such-host.invalid/x.jpg")
 
@@ -206,8 +204,7 @@ def test_a_slow_drip_meets_the_deadline(server, route):
 
 
 def test_redirects_count_towards_the_deadline(server):
-    slow = lambda handler: (time.sleep(0.3), redirect("/x")(handler))  # noqa: E731
-    server.routes["/x"] = slow
+    server.routes["/x"] = lambda handler: (time.sleep(0.3), redirect("/x")(handler))
     assert "0.5 seconds" in refusal(read_bytes, server.url("/x"), deadline=0.5)
 
 

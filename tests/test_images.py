@@ -13,6 +13,7 @@ import zlib
 from pathlib import Path
 
 import pytest
+from conftest import ROOT
 from pictures import assert_near, drawing, encoded, refusal
 from PIL import Image, ImageFile
 
@@ -494,18 +495,7 @@ def test_a_run_length_encoded_bmp_is_refused():
     assert "run-length" in refusal(decode, header + info + bytes(1024) + b"\x09\x01\0\0" * 9, "x")
 
 
-# The whole module
-
-
-def test_importing_is_light():
-    code = "import sys, captioning.data.images; print(*sorted(sys.modules))"
-    output = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=ROOT)
-    assert not {"requests", "numpy", "torch", "urllib3"} & set(output.stdout.split())
-
-
 # Mutation: whatever the bytes are, an image or InputError
-
-ROOT = Path(__file__).resolve().parent.parent
 
 
 def seeds() -> list[bytes]:

@@ -81,6 +81,22 @@ def test_what_is_light_does_not_load_torch():
     assert done.stdout.strip() == "False"
 
 
+# What else these must not load.
+HEAVY = {
+    "data.images": {"requests", "numpy", "torch", "urllib3"},
+    "scores.metrics": {"torch", "evaluate", "datasets", "numpy", "rouge_score"},
+    "show.curves": {"matplotlib", "torch", "numpy"},
+    "show.pages": {"matplotlib", "torch", "numpy"},
+}
+
+
+@pytest.mark.parametrize("module", HEAVY)
+def test_importing_is_light(module):
+    code = f"import sys, captioning.{module}; print({HEAVY[module]} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
+    assert done.stdout == "set()\n"
+
+
 def test_top_level_holds_only_what_was_agreed():
     listed = subprocess.run(["git", "ls-files"], capture_output=True, text=True, cwd=ROOT)
     if listed.returncode:

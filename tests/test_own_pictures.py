@@ -7,7 +7,7 @@ from collections import Counter
 import own
 import pytest
 from conftest import run
-from datasets import load_from_disk
+from datasets import Image, load_from_disk
 from httpserver import Server, body
 
 import dataloader
@@ -33,7 +33,7 @@ def prepared(folder, *arguments):
     assert dataloader.main([*words, *TINY, f"--save_path={folder / 'out'}"]) == 0
     found = {}
     for split, rows in load_from_disk(str(folder / "out")).items():
-        for row in rows.with_format(None).cast_column("image", own.raw_images()):
+        for row in rows.with_format(None).cast_column("image", Image(decode=False)):
             found[row["file_name"]] = (split, row["image_id"], row["captions"], row["image"]["bytes"])
     return found
 

@@ -54,11 +54,15 @@ def arguments(data, folder, *more):
     ]
 
 
+def finished(arguments: list, log: Path) -> None:
+    run = Training(arguments, log)
+    assert run.wait() == 0, run.said()
+
+
 @pytest.fixture(scope="module")
 def undisturbed(few, tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("undisturbed")
-    run = Training(arguments(few, folder / "run"), folder / "log")
-    assert run.wait() == 0, run.said()
+    finished(arguments(few, folder / "run"), folder / "log")
     return folder / "run"
 
 
@@ -174,8 +178,7 @@ def test_ten_kills_at_random_moments_change_nothing(few, tmp_path):
     often = ["--save_strategy=steps", "--save_steps=1", "--eval_strategy=no", "--load_best_model_at_end=False"]
     often += ["--epochs=20", "--save_total_limit=2"]
     undisturbed, folder = tmp_path / "undisturbed", tmp_path / "run"
-    run = Training(arguments(few, undisturbed, *often), tmp_path / "log")
-    assert run.wait() == 0, run.said()
+    finished(arguments(few, undisturbed, *often), tmp_path / "log")
     chance = random.Random(0)
     kills = halves = 0
     while kills < KILLS:
@@ -187,8 +190,7 @@ def test_ten_kills_at_random_moments_change_nothing(few, tmp_path):
         kills += 1
         halves += len(list(folder.glob("checkpoint-*"))) > len(whole_steps(folder))
     reached = max(whole_steps(folder))
-    run = Training(arguments(few, folder, *often, "--resume_from_checkpoint=auto"), tmp_path / "log")
-    assert run.wait() == 0, run.said()
+    finished(arguments(few, folder, *often, "--resume_from_checkpoint=auto"), tmp_path / "log")
     for name in ("model.safetensors", "predictions_test.json"):
         assert (folder / name).read_bytes() == (undisturbed / name).read_bytes()
     print(f"{kills} kills survived, {halves} of them within a checkpoint; the last one after update {reached}")
@@ -216,8 +218,7 @@ def test_a_run_stopped_by_signals_ends_as_an_undisturbed_one(few, undisturbed, t
         last = run.said().rstrip().splitlines()[-1]
         assert last == f"stopped; go on from checkpoint-{left[-1]} with --resume_from_checkpoint auto"
         assert "Traceback" not in run.said() and "stopping, with a checkpoint" in run.said()
-    run = Training(arguments(few, folder, "--resume_from_checkpoint=auto"), tmp_path / "log")
-    assert run.wait() == 0, run.said()
+    finished(arguments(few, folder, "--resume_from_checkpoint=auto"), tmp_path / "log")
     assert_as_undisturbed(folder, undisturbed)
     states = [json.loads((p / "checkpoint-9" / "trainer_state.json").read_text()) for p in (undisturbed, folder)]
     assert states[0]["best_metric"] == pytest.approx(states[1]["best_metric"], nan_ok=True) or states[1]["epoch"] == 3
@@ -272,8 +273,7 @@ def test_a_full_disk_is_named_and_costs_nothing_that_was_written(few, undisturbe
         assert whole_steps(folder) == left
         assert len(list(folder.glob("checkpoint-*"))) == len(left), "what was half written is gone"
         assert not (folder / "model.safetensors").exists()
-    run = Training(arguments(few, folder, "--resume_from_checkpoint=auto"), tmp_path / "log")
-    assert run.wait() == 0, run.said()
+    finished(arguments(few, folder, "--resume_from_checkpoint=auto"), tmp_path / "log")
     assert_as_undisturbed(folder, undisturbed)
 
 
@@ -311,11 +311,6 @@ def test_a_checkpoint_that_fails_takes_no_earlier_one_with_it(undisturbed, tmp_p
     with pytest.raises(OSError), resilience.whole_checkpoint(checkpoint):
         raise OSError
     assert not checkpoint.exists()
-
-
-def finished(arguments: list, log: Path) -> None:
-    run = Training(arguments, log)
-    assert run.wait() == 0, run.said()
 
 
 def test_patience_and_the_end_are_where_the_checkpoint_left_them(few, tmp_path):
@@ -418,8 +413,8 @@ def test_a_loss_of_nan_names_the_step_and_its_images(tokenizer, tmp_path, accumu
 class OnDevice:
     """A loss as on an accelerator: known to the host when the device has come to it, and not earlier."""
 
-    def __init__(self, value, waits):
-        self.value, self.waits = torch.tensor(value), waits
+    def __init__(self, value):
+        self.value = torch.tensor(value)
         self.device = torch.device("cuda")
 
     def detach(self):
@@ -449,11 +444,11 @@ def test_an_accelerator_is_never_waited_for_at_the_step_that_it_computes(monkeyp
     watch = resilience.LossWatch()
     ids = [torch.arange(10 * n, 10 * n + 20) for n in range(4)]
     for number in range(3):
-        watch(OnDevice(float("inf") if number == 2 else 1.0, waits), number + 1, ids[number])
+        watch(OnDevice(float("inf") if number == 2 else 1.0), number + 1, ids[number])
     assert waits == [(0, 1), (1, 2)], "each loss is looked at when the next one comes"
     with pytest.raises(InputError, match=r"became inf at step 3, with images 20, 21, .*, 35 and 4 more; lower"):
-        watch(OnDevice(1.0, waits), 4, ids[3])
-    watch(OnDevice(float("nan"), waits), 5, ids[3])
+        watch(OnDevice(1.0), 4, ids[3])
+    watch(OnDevice(float("nan")), 5, ids[3])
     with pytest.raises(InputError, match="became nan at step 5"):
         watch.check()
     watch.check()

@@ -7,12 +7,11 @@ import os
 import re
 import subprocess
 import sys
-import threading
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import madeup
 import pytest
 from conftest import ROOT
+from httpserver import Server, body
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -133,88 +132,56 @@ def test_each_evaluation_shows_the_same_images_captions(trained):
     assert all(caption.strip() for _, image, caption in said if image)
 
 
-class Hub:
-    """As much of the hub's HTTP interface as an upload of small files needs, on 127.0.0.1."""
+class Hub(Server):
+    """As much of the hub's HTTP interface as an upload of small files needs."""
 
     def __init__(self):
-        hub = self
-        self.requests, self.files, self.created = [], {}, []
+        super().__init__()
+        self.files, self.created = {}, []
+        self.default = lambda handler: body(json.dumps(self.answer(handler)).encode(), "application/json")(handler)
 
-        class Handler(BaseHTTPRequestHandler):
-            def log_message(self, *arguments):
-                pass
+    def answer(self, handler) -> dict:
+        data, path, url = sent(handler), handler.path.partition("?")[0], self.url("")
+        if path == "/api/whoami-v2":
+            return {"name": "somebody", "type": "user", "orgs": []}
+        if path == "/api/repos/create":
+            self.created.append(json.loads(data))
+            return {"url": f"{url}/somebody/run", "id": "somebody/run"}
+        if path.endswith("/preupload/main"):
+            # Files that are no text go over LFS, as on the hub.
+            names = [file["path"] for file in json.loads(data)["files"]]
+            modes = {name: "lfs" if name.endswith((".safetensors", ".bin")) else "regular" for name in names}
+            return {"files": [{"path": name, "uploadMode": modes[name], "shouldIgnore": False} for name in names]}
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = json.loads(data)["objects"]
+            for one in objects:
+                one["actions"] = {"upload": {"href": f"{url}/upload/{one['oid']}", "header": {}}}
+            return {"transfer": "basic", "objects": objects}
+        if path.startswith("/upload/"):
+            self.files[path.rsplit("/", 1)[1]] = data
+            return {}
+        if path.endswith("/commit/main"):
+            for line in map(json.loads, data.decode().splitlines()):
+                if line["key"] == "file":
+                    self.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+                if line["key"] == "lfsFile":
+                    self.files[line["value"]["path"]] = self.files.pop(line["value"]["oid"])
+            return {"commitUrl": f"{url}/somebody/run/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
+        if path == "/api/validate-yaml":
+            return {"errors": [], "warnings": []}
+        return {"id": "somebody/run", "sha": "0" * 40, "siblings": []}
 
-            def answer(self, content, status=200):
-                body = json.dumps(content).encode()
-                self.send_response(status)
-                self.send_header("Content-Type", "application/json")
-                self.send_header("Content-Length", str(len(body)))
-                self.end_headers()
-                if self.command != "HEAD":
-                    self.wfile.write(body)
 
-            def body(self) -> bytes:
-                if self.headers.get("Transfer-Encoding") == "chunked":
-                    parts = []
-                    while size := int(self.rfile.readline(), 16):
-                        parts.append(self.rfile.read(size))
-                        self.rfile.readline()
-                    self.rfile.readline()
-                    return b"".join(parts)
-                return self.rfile.read(int(self.headers.get("Content-Length", 0)))
-
-            def handle_any(self):
-                data, path = self.body(), self.path.split("?")[0]
-                hub.requests.append((self.command, path, self.headers.get("Authorization")))
-                url = f"http://127.0.0.1:{self.server.server_port}"
-                if path == "/api/whoami-v2":
-                    return self.answer({"name": "somebody", "type": "user", "orgs": []})
-                if path == "/api/repos/create":
-                    hub.created.append(json.loads(data))
-                    return self.answer({"url": f"{url}/somebody/run", "id": "somebody/run"})
-                if path.endswith("/preupload/main"):
-                    # Files that are no text go over LFS, as on the hub.
-                    def mode(name):
-                        return "lfs" if name.endswith((".safetensors", ".bin")) else "regular"
-
-                    paths = [file["path"] for file in json.loads(data)["files"]]
-                    modes = [{"path": name, "uploadMode": mode(name), "shouldIgnore": False} for name in paths]
-                    return self.answer({"files": modes})
-                if path.endswith("/info/lfs/objects/batch"):
-                    objects = json.loads(data)["objects"]
-                    actions = [
-                        {**one, "actions": {"upload": {"href": f"{url}/upload/{one['oid']}", "header": {}}}}
-                        for one in objects
-                    ]
-                    return self.answer({"transfer": "basic", "objects": actions})
-                if path.startswith("/upload/"):
-                    hub.files[path.rsplit("/", 1)[1]] = data
-                    return self.answer({})
-                if path.endswith("/commit/main"):
-                    for line in map(json.loads, data.decode().splitlines()):
-                        if line["key"] == "file":
-                            hub.files[line["value"]["path"]] = base64.b64decode(line["value"]["content"])
-                        if line["key"] == "lfsFile":
-                            hub.files[line["value"]["path"]] = hub.files.pop(line["value"]["oid"])
-                    return self.answer(
-                        {"commitUrl": f"{url}/somebody/run/commit/{'1' * 40}", "commitOid": "1" * 40, "success": True}
-                    )
-                if path == "/api/validate-yaml":
-                    return self.answer({"errors": [], "warnings": []})
-                return self.answer({"id": "somebody/run", "sha": "0" * 40, "siblings": []})
-
-            do_GET = do_POST = do_PUT = do_HEAD = handle_any
-
-        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        threading.Thread(target=self.server.serve_forever, daemon=True).start()
-        self.url = f"http://127.0.0.1:{self.server.server_port}"
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *_):
-        self.server.shutdown()
-        self.server.server_close()
+def sent(handler) -> bytes:
+    """The body of a request."""
+    if handler.headers.get("Transfer-Encoding") != "chunked":
+        return handler.rfile.read(int(handler.headers.get("Content-Length", 0)))
+    parts = []
+    while size := int(handler.rfile.readline(), 16):
+        parts.append(handler.rfile.read(size))
+        handler.rfile.readline()
+    handler.rfile.readline()
+    return b"".join(parts)
 
 
 def test_a_run_is_pushed_to_the_hub_and_shown_in_tensorboard(few, tmp_path):
@@ -222,7 +189,7 @@ def test_a_run_is_pushed_to_the_hub_and_shown_in_tensorboard(few, tmp_path):
     with Hub() as hub:
         environment = {
             **os.environ,
-            "HF_ENDPOINT": hub.url,
+            "HF_ENDPOINT": hub.url(""),
             "HF_TOKEN": "hf_test",
             "HF_HUB_OFFLINE": "0",
             "HF_HUB_DISABLE_XET": "1",
@@ -236,7 +203,7 @@ def test_a_run_is_pushed_to_the_hub_and_shown_in_tensorboard(few, tmp_path):
         done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=240)
     assert done.returncode == 0, done.stderr
     assert hub.created[0]["name"] == "run" and hub.created[0]["visibility"] == "private"
-    assert {token for _, _, token in hub.requests if token} == {"Bearer hf_test"}
+    assert {request.headers.get("authorization") for request in hub.requests} - {None} == {"Bearer hf_test"}
     # What was written is what was pushed, and nothing of the checkpoints.
     names = "config.json generation_config.json model.safetensors tokenizer.json preprocessor_config.json"
     names += " README.md report.html results.json predictions_test.json training_curves.png gallery.png"

@@ -12,7 +12,7 @@ import threading
 import time
 
 import pytest
-from conftest import ROOT, hears_ctrl_c, run, script
+from conftest import ROOT, free_port, hears_ctrl_c, run, script
 from httpserver import Server, body, status
 from PIL import Image
 
@@ -148,9 +148,7 @@ def page_address(trained):
             pytest.skip(f"needs {package}: pip install gradio playwright")
     if chromium() is None:
         pytest.skip("needs Chromium: apt-get install chromium")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     command = [sys.executable, ROOT / "inference.py", f"--model_path={trained}", "--serve", f"--port={port}"]
     process = subprocess.Popen(
         command,

@@ -6,7 +6,6 @@ import math
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, script
+from conftest import ROOT, free_port, script
 from datasets import load_from_disk
 from PIL import Image
 from safetensors.torch import load_file
@@ -707,9 +706,7 @@ def test_the_processes_of_accelerate_s_config_file_are_those_that_run(few, tmp_p
 
 @pytest.mark.slow
 def test_two_machines_of_accelerate_are_one_training(few, tmp_path):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     together = ["--cpu", "--num_processes=2", "--num_machines=2", "--main_process_ip=127.0.0.1"]
     together.append(f"--main_process_port={port}")
     words = arguments(few, tmp_path / "run", "--max_steps=1")
