@@ -380,7 +380,9 @@ def score(args: Arguments) -> int:
     """Score a run folder, or a results file, on a split of `--data_path`."""
     from captioning.data.facts import more_scores
     from captioning.data.folder import load_prepared
-    from captioning.scores import metrics
+    from captioning.scores import bootstrap, metrics
+    from captioning.show import tables
+    from captioning.show.run_folder import scores_of
 
     assert args.data_path is not None
     splits, description = load_prepared(args.data_path)
@@ -398,19 +400,19 @@ def score(args: Arguments) -> int:
         write_json(file, results)
         cli.note(f"captions written to {file}")
         target = file.with_name(f"scored_{args.split}_per_image.json")
-    scores, per_image = metrics.coco_scores(predictions, references, per_image=True)
-    for name, compute in more_scores(description["source"]).items():
-        scores[name] = compute(predictions, references)
-    each = [{"image_id": key, "caption": predictions[key], **values} for key, values in per_image.items()]
+    found = metrics.evaluate(predictions, references, more=more_scores(description["source"]))
+    each = [{"image_id": key, "caption": predictions[key], **values} for key, values in found.per_image().items()]
     write_json(target, sorted(each, key=lambda row: row["cider_d"]))
     cli.note(f"scores of each image, the worst first, written to {target}")
-    protocol = metrics.protocol(split.captions)
+    scores = scores_of(found)
     if not args.predictions:
-        told = {"protocol": protocol, "split": args.split, "images": len(split), "data": description["source"]}
-        write_json(target.with_name(f"scored_{args.split}_results.json"), {**told, "decoding": settings, **scores})
-    cli.note(f"{args.split} split, {len(split):,} images, {description['source']}; {protocol}")
+        told: dict[str, Any] = {"protocol": found.protocol, "interval": bootstrap.PROTOCOL, "split": args.split}
+        told |= {"data": description["source"], "decoding": settings}
+        write_json(target.with_name(f"scored_{args.split}_results.json"), told | scores)
+    cli.note(f"{args.split} split, {len(split):,} images, {description['source']}; {found.protocol}")
+    cli.note(f"in brackets: {bootstrap.PROTOCOL}; signature: {found.signature}")
     warn_of_monotony(list(predictions.values()), [references[image_id] for image_id in predictions])
-    print("\n".join(f"{name:<12}{value:>10.4f}" for name, value in scores.items()))
+    print(tables.scores({args.split: scores}))
     return 0
 
 

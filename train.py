@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any
 
 from captioning import InputError, cli
 from captioning.files import lock
-from captioning.scores.names import SCORE_NAMES
 from captioning.training import arguments, resilience
 
 if TYPE_CHECKING:
@@ -31,6 +30,7 @@ if TYPE_CHECKING:
 
     from captioning.data.folder import Split
     from captioning.model.captioner import Bundle
+    from captioning.scores.metrics import Evaluation
     from captioning.training.batches import CaptionDataset
     from captioning.training.trainer import CaptionTrainer
 
@@ -55,7 +55,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
     from captioning.data.folder import load_prepared
     from captioning.model import captioner, parts
     from captioning.scores import monotony
-    from captioning.show import run_folder
+    from captioning.show import run_folder, tables
     from captioning.training.batches import CaptionDataset
 
     parts.quiet_transformers()
@@ -111,15 +111,15 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
     # Scores of the weights that are kept, as inference.py computes them. The test split is seen here, once.
     best = training.load_best_model_at_end and trainer.state.best_model_checkpoint
     kept = trainer.state.best_global_step if best else None
-    losses = {name: trainer.loss_of(datasets[name]) for name in ("validation", "test")}
+    losses = {name: trainer.losses_of(datasets[name]) for name in ("validation", "test")}
 
     # Run folder
     if trainer.is_world_process_zero():
         kept_bundle = captioner.load(args.output_dir)
         kept_bundle.to(training.device)
         source = description["source"]
-        validation, _ = score(kept_bundle, splits["validation"], "validation", losses, source)
-        test, predictions = score(kept_bundle, splits["test"], "test", losses, source)
+        validation, _ = score(kept_bundle, splits["validation"], "validation", losses["validation"], source)
+        test, predictions = score(kept_bundle, splits["test"], "test", losses["test"], source)
         # Epochs, or true for all of them: infinity is no JSON.
         run = run_folder.Run(
             predictions=predictions,
@@ -136,8 +136,8 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
             description=description,
             tensorboard=run_folder.tensorboard_log(trainer.callback_handler.callbacks),
         )
-        run_folder.write(args.output_dir, run, splits["test"])
-        print(table(validation, test))
+        results = run_folder.write(args.output_dir, run, splits["test"])
+        print(tables.scores({name: results[name] for name in ("validation", "test")}))
         said = [predictions[image_id] for image_id in splits["test"].image_id]
         if warning := monotony.warning(said, splits["test"].captions):
             say(f"warning: {cli.printable(warning)}")
@@ -371,24 +371,22 @@ def make_trainer(
 
 
 def score(
-    bundle: Bundle, split: Split, name: str, losses: Mapping[str, float], source: str
-) -> tuple[dict[str, float], dict[int, str]]:
-    """The scores of a split, and its captions by image id: those that inference.py gives."""
+    bundle: Bundle, split: Split, name: str, losses: tuple[dict[int, float], dict[int, float]], source: str
+) -> tuple[Evaluation, dict[int, str]]:
+    """The scores of a split, and its captions by image id: those that inference.py gives.
+
+    Args:
+        losses: of each image, nats and tokens.
+    """
     from captioning.data.facts import more_scores
     from captioning.model.generate import caption_all
-    from captioning.scores.metrics import coco_scores
+    from captioning.scores.metrics import evaluate
 
     pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
     predictions = caption_all(bundle, pictures, len(split), f"captions of {name}")
     references = dict(zip(split.image_id, split.captions, strict=True))
-    more = {key: compute(predictions, references) for key, compute in more_scores(source).items()}
-    return {"loss": losses[name], **coco_scores(predictions, references), **more}, predictions
-
-
-def table(validation: Mapping[str, float], test: Mapping[str, float]) -> str:
-    lines = [f"{'':<12}{'validation':>12}{'test':>10}"]
-    lines += [f"{key:<12}{validation[key]:>12.4f}{test[key]:>10.4f}" for key in SCORE_NAMES if key in test]
-    return "\n".join(lines)
+    found = evaluate(predictions, references, more=more_scores(source)).with_ratio("loss", *losses)
+    return found, predictions
 
 
 if __name__ == "__main__":

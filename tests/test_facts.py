@@ -5,7 +5,7 @@ import random
 import pytest
 
 from captioning.data import scenes
-from captioning.data.facts import Facts, facts, right, share_right
+from captioning.data.facts import Facts, facts, more_scores, right
 
 ONE = "A small red circle on a white background."
 
@@ -94,4 +94,4 @@ def test_right_and_wrong_captions():
     assert right("A SMALL red circle, on a white background", [ONE])
     assert not right("a large red circle on a white background", [ONE])
     assert right("Anything at all!", ["anything at all"])  # a reference that is no drawn scene's
-    assert share_right({1: "one red circle, and it is small.", 2: "nothing"}, {1: [ONE], 2: [ONE]}) == 0.5
+    assert more_scores(scenes.SOURCE) == {"facts_right": right} and more_scores("COCO 2014") == {}

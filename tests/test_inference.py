@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -287,10 +288,13 @@ def test_a_run_folder_is_scored_on_a_split(trained, prepared, tmp_path, capsys):
     code = inference.main([f"--model_path={trained}", f"--data_path={prepared}", f"--output={output}", "--device=cpu"])
     captured = capsys.readouterr()
     assert code == 0
-    table = dict(line.split() for line in captured.out.splitlines())
+    table = {line.split()[0]: line.split()[1] for line in captured.out.splitlines()}
+    intervals = {line.split()[0]: re.search(r"\[(.*), (.*)\]", line).groups() for line in captured.out.splitlines()}
     # The same scores as after training, to the digits shown: the two scripts prepare and generate identically.
     for name, value in table.items():
         assert float(value) == pytest.approx(before[name], abs=6e-5), name
+        assert list(map(float, intervals[name])) == pytest.approx(before["intervals"][name], abs=6e-5), name
+    assert before["signature"] in captured.err and "|n:120|" in before["signature"]
     assert "official COCO" in captured.err and "test split, 120 images" in captured.err
     predictions = json.loads(output.read_text())
     assert predictions == json.loads((trained / "predictions_test.json").read_text())
@@ -308,9 +312,8 @@ def test_scores_in_bfloat16_with_cached_features_are_those_of_the_run_folder(few
     for split in ("validation", "test"):
         assert inference.main([f"--model_path={folder}", f"--data_path={few}", f"--split={split}", "--device=cpu"]) == 0
         scored = json.loads((folder / f"scored_{split}_results.json").read_text())
-        assert {name: scored[name] for name in results[split] if name not in ("loss", "images")} == {
-            name: value for name, value in results[split].items() if name not in ("loss", "images")
-        }
+        assert results[split].pop("loss") and results[split]["intervals"].pop("loss")
+        assert {name: scored[name] for name in results[split]} == results[split]
     captions = json.loads((folder / "scored_test_predictions.json").read_text())
     assert captions == json.loads((folder / "predictions_test.json").read_text())
     assert "bfloat16" in capsys.readouterr().err
@@ -341,7 +344,7 @@ def test_anybodys_captions_are_scored(prepared, tmp_path, capsys):
     file = tmp_path / "theirs.json"
     file.write_text(json.dumps([{"image_id": i, "caption": c} for i, c in predictions.items()]))
     assert inference.main([f"--predictions={file}", f"--data_path={prepared}", "--split=validation"]) == 0
-    table = dict(line.split() for line in capsys.readouterr().out.splitlines())
+    table = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
     expected = coco_scores(predictions, dict(zip(rows["image_id"], rows["captions"], strict=True)))
     assert {name: float(value) for name, value in table.items()} == pytest.approx(
         expected | {"facts_right": 1.0}, abs=6e-5

@@ -25,7 +25,7 @@ from captioning.show import run_folder
 @pytest.fixture(scope="module")
 def results():
     """What results.json holds of a made-up run."""
-    return run_folder.results_of(madeup.run(madeup.split(4)), "one caption per image")
+    return run_folder.results_of(madeup.run(madeup.split(4)))
 
 
 # ---- the model card

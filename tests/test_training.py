@@ -527,7 +527,9 @@ def test_the_run_folder_is_complete(trained, prepared):
 
     results = json.loads((trained / "results.json").read_text())
     assert results["test"]["images"] == 120 and results["validation"]["images"] == 80
-    assert {"loss", "bleu_4", "rouge_1", "rouge_2", "rouge_l", "cider_d", "facts_right"} <= set(results["test"])
+    scores = {"loss", "bleu_4", "rouge_1", "rouge_2", "rouge_l", "cider_d", "facts_right"}
+    assert scores <= set(results["test"]) and scores <= set(results["test"]["intervals"])
+    assert all(low <= results["test"][name] <= high for name, (low, high) in results["test"]["intervals"].items())
     assert "official COCO" in results["protocol"]
     assert results["recipe"]["augment"] == 0 and results["recipe"]["packing"] is True
     predictions = json.loads((trained / "predictions_test.json").read_text())

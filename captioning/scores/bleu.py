@@ -15,27 +15,28 @@ from collections.abc import Sequence
 from captioning.scores.ngrams import ORDERS, Ngrams, check_counters
 
 
-def bleu(captions: Sequence[Ngrams], references: Sequence[Sequence[Ngrams]]) -> tuple[list[float], list[list[float]]]:
-    """BLEU of a corpus, and of each of its captions.
+def statistics(captions: Sequence[Ngrams], references: Sequence[Sequence[Ngrams]]) -> list[list[int]]:
+    """Of each caption: n-grams that match (4), n-grams (4), length, closest reference length.
+
+    They are all that BLEU depends on. The statistics of a corpus are the sums of those of its captions.
 
     Args:
         captions: one of each image.
         references: of each image, one or more, counted by the counter of `captions`.
 
-    Returns:
-        ([BLEU-1..4 of the corpus], [[BLEU-1..4] of each caption]). The corpus's is 0 if there are no captions.
-
     Raises:
         ValueError: the n-grams are of different counters.
     """
     check_counters({caption.counter for caption in captions} | {r.counter for rs in references for r in rs})
-    rows = [_statistics(caption, own) for caption, own in zip(captions, references, strict=True)]
-    corpus = _from_statistics(list(map(sum, zip(*rows, strict=True)))) if rows else [0.0] * ORDERS
-    return corpus, list(map(_from_statistics, rows))
+    return [_statistics(caption, own) for caption, own in zip(captions, references, strict=True)]
+
+
+def total(rows: Sequence[Sequence[int]]) -> list[int]:
+    """The statistics of a corpus; those of no caption are zeros."""
+    return list(map(sum, zip(*rows, strict=True))) or [0] * (2 * ORDERS + 2)
 
 
 def _statistics(caption: Ngrams, references: Sequence[Ngrams]) -> list[int]:
-    """N-grams that match (4), n-grams (4), length, closest reference length. Those of a corpus are their sums."""
     correct = []
     for n, counts in enumerate(caption.counts):
         matched: dict[int, int] = {}
@@ -49,14 +50,16 @@ def _statistics(caption: Ngrams, references: Sequence[Ngrams]) -> list[int]:
     return [*correct, *guess, caption.length, closest]
 
 
-def _from_statistics(row: Sequence[int]) -> list[float]:
-    """BLEU-1..4. The two constants are the official code's; they decide the score when nothing matches."""
+TINY, SMALL = 1e-15, 1e-9  # the official code's; they decide the score when nothing matches
+
+
+def bleu_of(row: Sequence[int]) -> list[float]:
+    """BLEU-1..4 of the statistics of a caption or of a corpus."""
     correct, guess, (length, closest) = row[:ORDERS], row[ORDERS:-2], row[-2:]
-    tiny, small = 1e-15, 1e-9
-    ratio = (length + tiny) / (closest + small)
+    ratio = (length + TINY) / (closest + SMALL)
     penalty = math.exp(1 - 1 / ratio) if ratio < 1 else 1.0
     product, scores = 1.0, []
     for n in range(ORDERS):
-        product *= (correct[n] + tiny) / (guess[n] + small)
+        product *= (correct[n] + TINY) / (guess[n] + SMALL)
         scores.append(product ** (1 / (n + 1)) * penalty)
     return scores

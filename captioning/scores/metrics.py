@@ -2,6 +2,7 @@
 
     from captioning.scores.metrics import coco_scores
     coco_scores({42: "a dog runs"}, {42: ["A dog is running.", "The brown dog runs."]})
+    evaluate(...)      # the same, with the scores of each image, a signature, and what intervals are drawn from
 
 BLEU-1..4, ROUGE-L and CIDEr-D follow the official COCO caption evaluation (pycocoevalcap), its tokenizer included,
 without Java: equal to it within floating-point rounding. ROUGE-1, ROUGE-2 and ROUGE-Lsum are those of the `rouge_score`
@@ -14,16 +15,18 @@ Each score has a file with its formula and its paper. A new one is computed in `
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any, Literal, overload
 
 from captioning import InputError
-from captioning.scores.bleu import bleu
+from captioning.scores import bleu
 from captioning.scores.cider import InverseDocumentFrequencies, cider_d
 from captioning.scores.names import ROUGE_KEYS
 from captioning.scores.ngrams import NgramCounter
 from captioning.scores.rouge import rouge_l, rouge_score
+from captioning.scores.signature import signature_of
 from captioning.scores.words import ENGLISH, Words, choose
 
 
@@ -97,6 +100,63 @@ def coco_scores(
     Raises:
         InputError: the ids differ, an image has no reference, or a caption is not a string.
     """
+    found = evaluate(predictions, references, rouge)
+    return (found.scores, found.per_image()) if per_image else found.scores
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """The scores of a set of captions, and what each image adds to them.
+
+    Attributes:
+        ids: of the images, in the order of every list below.
+        scores: {name: score of the set}, see `coco_scores`.
+        each: {name: score of each image}. A score of the set is their mean, but for BLEU and for what is in `sums`.
+        bleu_statistics: of each image, see `bleu.statistics`.
+        sums: {name: (numerators, denominators)} of scores that are a ratio of two sums over the images.
+        protocol: what the scores are, in one sentence.
+        signature: the same for machines, see `signature`.
+    """
+
+    ids: list[int]
+    scores: dict[str, float]
+    each: dict[str, list[float]]
+    bleu_statistics: list[list[int]]
+    protocol: str
+    signature: str
+    sums: dict[str, tuple[list[float], list[float]]] = field(default_factory=dict)
+
+    def per_image(self) -> dict[int, dict[str, float]]:
+        """{image id: {name: score}}"""
+        return {i: {key: values[k] for key, values in self.each.items()} for k, i in enumerate(self.ids)}
+
+    def with_ratio(self, name: str, numerators: Mapping[int, float], denominators: Mapping[int, float]) -> Evaluation:
+        """Itself with one more score, which comes first: a ratio of two sums, such as nats and tokens, by image id."""
+        above, below = [numerators[i] for i in self.ids], [denominators[i] for i in self.ids]
+        return replace(
+            self,
+            scores={name: math.fsum(above) / math.fsum(below), **self.scores},
+            each={name: [one / other for one, other in zip(above, below, strict=True)], **self.each},
+            sums={name: (above, below), **self.sums},
+        )
+
+    def with_means(self, **each: Sequence[float]) -> Evaluation:
+        """Itself with more scores, which are means over the images; of each the scores in the order of `ids`."""
+        means = {name: math.fsum(values) / len(values) for name, values in each.items()}
+        return replace(self, scores=self.scores | means, each=self.each | {k: list(v) for k, v in each.items()})
+
+
+def evaluate(
+    predictions: Mapping[int, str],
+    references: Mapping[int, Sequence[str]],
+    rouge: bool = True,
+    more: Mapping[str, Callable[[str, Sequence[str]], float]] | None = None,
+) -> Evaluation:
+    """As `coco_scores`, with all that it depends on.
+
+    Args:
+        more: other scores of one caption against its references, by name. That of the set is their mean.
+    """
     _check(predictions, references)
     ids = list(references)
     words = _words(references.values())
@@ -109,20 +169,21 @@ def coco_scores(
     ngrams = list(map(counter.count, tokens))
     reference_ngrams = [list(map(counter.count, captions)) for captions in reference_tokens]
 
-    corpus_bleu, bleus = bleu(ngrams, reference_ngrams)
-    each = {f"bleu_{n + 1}": [row[n] for row in bleus] for n in range(4)}
+    statistics = bleu.statistics(ngrams, reference_ngrams)
+    bleus = list(map(bleu.bleu_of, statistics))
+    each: dict[str, list[float]] = {f"bleu_{n + 1}": [row[n] for row in bleus] for n in range(4)}
     each["rouge_l"] = list(map(rouge_l, tokens, reference_tokens))
     each["cider_d"] = cider_d(ngrams, reference_ngrams, InverseDocumentFrequencies(reference_ngrams))
     if rouge:
         rows = [rouge_score(predictions[i], references[i], words.split) for i in ids]
         each |= {key: [row[k] for row in rows] for k, key in enumerate(ROUGE_KEYS)}
+    for name, score in (more or {}).items():
+        each[name] = [float(score(predictions[i], references[i])) for i in ids]
 
     # BLEU of the corpus is not the mean over its images.
     scores = {key: math.fsum(values) / len(values) if values else 0.0 for key, values in each.items()}
-    scores |= {f"bleu_{n + 1}": score for n, score in enumerate(corpus_bleu)}
-    if not per_image:
-        return scores
-    return scores, {i: {key: values[k] for key, values in each.items()} for k, i in enumerate(ids)}
+    scores |= {f"bleu_{n + 1}": score for n, score in enumerate(bleu.bleu_of(bleu.total(statistics)))}
+    return Evaluation(ids, scores, each, statistics, _protocol(words), signature_of(references.values(), words))
 
 
 def _check(predictions: Any, references: Any) -> None:

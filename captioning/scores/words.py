@@ -39,11 +39,13 @@ class Words:
         tokenize: captions -> each with its words separated by one space; for BLEU, ROUGE-L and CIDEr-D.
         split: a caption -> its words; for ROUGE-1, ROUGE-2 and ROUGE-Lsum.
         protocol: says so, in a part of a sentence.
+        signature: says so in the fewest characters: the first field of a signature, and its `rouge`.
     """
 
     tokenize: Callable[[Iterable[str]], list[str]]
     split: Callable[[str], list[str]]
     protocol: str
+    signature: tuple[str, str]
 
 
 def ascii_words(text: str) -> list[str]:
@@ -70,16 +72,19 @@ ENGLISH = Words(
     ptb.tokenize,
     ascii_words,
     f"{_COCO} (PTB tokenisation, punctuation removed); ROUGE-1, ROUGE-2 and ROUGE-Lsum as in rouge_score",
+    ("coco-ptb3.4.1", "rouge_score"),
 )
 SPACED = Words(
     ptb.tokenize,
     unicode_words,
     f"{_COCO} (PTB tokenisation, punctuation removed); ROUGE-1, ROUGE-2 and ROUGE-Lsum with Unicode words",
+    ("coco-ptb3.4.1", "unicode"),
 )
 UNSPACED = Words(
     _tokenize,
     unicode_words,
     f"{_COCO}, but with characters as words, for a language without spaces; ROUGE-1, ROUGE-2 and ROUGE-Lsum likewise",
+    ("coco-characters", "characters"),
 )
 
 

@@ -23,7 +23,7 @@ from captioning import cli
 from captioning.scores import metrics, monotony
 from captioning.scores.names import BRIEF_KEYS, SCORE_NAMES
 from captioning.scores.words import choose
-from captioning.show import wording
+from captioning.show import tables, wording
 from captioning.show.curves import draw_curves
 
 if TYPE_CHECKING:
@@ -129,10 +129,12 @@ def _scores(results: Mapping[str, Any]) -> dict[str, Any]:
         "caption": f"Scores of step {results['step']:,}: {results['checkpoint']}",
         "head": ["score", f"validation ({validation['images']:,} images)", f"test ({test['images']:,} images)"],
         "rows": [
-            (name, f"{validation[key]:.3f}" if key in validation else "", f"{test[key]:.3f}")
+            (name, *(tables.with_interval(split, key) for split in (validation, test)))
             for key, name in SCORE_NAMES.items()
             if key in test
         ],
+        "interval": results.get("interval", ""),
+        "signature": test.get("signature", ""),
     }
 
 

@@ -19,15 +19,16 @@ from typing import TYPE_CHECKING, Any
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from captioning.files import json_text, write_whole
-from captioning.scores import metrics
+from captioning.scores import bootstrap
 from captioning.scores.names import SCORE_NAMES
-from captioning.show import wording
+from captioning.show import tables, wording
 from captioning.show.curves import draw_curves
 from captioning.show.html_report import report_page
 from captioning.show.pages import draw_gallery
 
 if TYPE_CHECKING:
     from captioning.data.folder import Split
+    from captioning.scores.metrics import Evaluation
 
 GALLERY = 20  # images, the first ones of the test split
 TRIED_WITH = "4.57 and 5.23"  # where the model card's code gives the captions of inference.py
@@ -38,8 +39,8 @@ class Run:
     """A training that has ended, as plain values."""
 
     predictions: Mapping[int, str]  # image id -> caption, of the test split
-    validation: Mapping[str, float]  # score -> value, of the weights that are kept
-    test: Mapping[str, float]
+    validation: Evaluation  # of the weights that are kept
+    test: Evaluation
     log_history: Sequence[dict]  # `trainer.state.log_history`
     steps: int  # updates that were made
     kept: int | None  # the step of the checkpoint that is kept; None: the last one
@@ -52,11 +53,11 @@ class Run:
     tensorboard: str | None = None  # the folder of TensorBoard's log, if there is one
 
 
-def write(folder: Path, run: Run, test_split: Split) -> None:
-    """Write every file but the model's into `folder`, which exists."""
+def write(folder: Path, run: Run, test_split: Split) -> dict[str, Any]:
+    """Write every file but the model's into `folder`, which exists; returns what `results.json` holds."""
     captions = [{"image_id": image_id, "caption": run.predictions[image_id]} for image_id in test_split.image_id]
     write_whole(folder / "predictions_test.json", json_text(captions, indent=1) + "\n")  # COCO's results format
-    results = results_of(run, metrics.protocol(test_split.captions))
+    results = results_of(run)
     write_whole(folder / "results.json", json_text(results, indent=2, default=str) + "\n")
     write_whole(folder / "report.html", report_page(results, run.log_history, test_split, run.predictions))
     draw_curves(run.log_history, folder / "training_curves.png", run.kept)
@@ -72,17 +73,29 @@ def write(folder: Path, run: Run, test_split: Split) -> None:
     write_whole(folder / "README.md", model_card(results, folder.resolve().name))
     if run.tensorboard is not None:
         log_pictures(folder, run.tensorboard, run.steps)
+    return results
 
 
-def results_of(run: Run, protocol: str) -> dict[str, Any]:
-    """What `results.json` holds; `protocol` says how it was scored."""
-    images = run.description["images"]
+def scores_of(evaluation: Evaluation) -> dict[str, Any]:
+    """What JSON files hold of an evaluation: its signature, images, scores, and the interval of each."""
+    intervals = {name: list(interval) for name, interval in bootstrap.intervals(evaluation).items()}
     return {
-        "protocol": protocol,
+        "signature": evaluation.signature,
+        "images": len(evaluation.ids),
+        **evaluation.scores,
+        "intervals": intervals,
+    }
+
+
+def results_of(run: Run) -> dict[str, Any]:
+    """What `results.json` holds."""
+    return {
+        "protocol": run.test.protocol,
+        "interval": bootstrap.PROTOCOL,
         "checkpoint": f"best {run.settings['metric_for_best_model']} on validation" if run.kept else "last",
         "step": run.kept or run.steps,
-        "validation": {"images": images["validation"], **run.validation},
-        "test": {"images": images["test"], **run.test},
+        "validation": scores_of(run.validation),
+        "test": scores_of(run.test),
         "model": dict(run.names),
         "recipe": dict(run.recipe),
         "learning_rates": dict(run.learning_rates),
@@ -129,7 +142,11 @@ def model_card(results: Mapping[str, Any], name: str) -> str:
         ],
     )
     title = wording.title(names["encoder"], names["decoder"])
-    scores = "\n".join(f"| {SCORE_NAMES[key]} | {test[key]:.4f} |" for key in SCORE_NAMES if key in test)
+    scores = "\n".join(
+        f"| {SCORE_NAMES[key]} | {test[key]:.4f} | {tables.between(test['intervals'].get(key))} |"
+        for key in SCORE_NAMES
+        if key in test
+    )
     card = f"""---
 {metadata.to_yaml()}
 ---
@@ -139,11 +156,12 @@ def model_card(results: Mapping[str, Any], name: str) -> str:
 Trained on {data["images"]["train"]:,} images ({data["source"]}). `report.html` shows its captions, `results.json` holds
 its settings.
 
-| test ({test["images"]:,} images) | |
-|---|---:|
+| test ({test["images"]:,} images) | | 95 % interval |
+|---|---:|---:|
 {scores}
 
-Protocol: {results["protocol"]}. A reference is a caption written by {wording.author(data["source"])}.
+Protocol: {results["protocol"]}. A reference is a caption written by {wording.author(data["source"])}. The interval is
+a {results["interval"]}. Signature: `{test["signature"]}`
 
 ```python
 from PIL import Image, ImageOps

@@ -24,15 +24,15 @@ from captioning.model.captioner import PARTS, Bundle, part_of
 from captioning.model.generate import decode, generate_tokens
 from captioning.model.packing import IGNORED, LabelledProjection, decoder_mask
 from captioning.model.parts import save_tokenizer
-from captioning.scores.metrics import coco_scores
+from captioning.scores.metrics import evaluate
 from captioning.training.arguments import Length, length
 from captioning.training.batches import Collator, LengthSampler
 from captioning.training.progress import Progress, Throughput
 from captioning.training.resumable import ResumableTrainer
 from captioning.training.self_critical import SelfCritical, switch_off_dropout
 
-# {image id: caption}, {image id: its references} -> a score
-Score = Callable[[Mapping[int, str], Mapping[int, Sequence[str]]], float]
+# a caption, the references of its image -> a score
+Score = Callable[[str, Sequence[str]], float]
 
 
 def caption_loss(
@@ -96,11 +96,12 @@ class CaptionTrainer(ResumableTrainer):
         learning_rates: one for each of PARTS; `args.learning_rate` where a part has none.
         waiting: epochs at the start of training in which a part keeps its weights while the others move.
         self_critical: for the last epochs of training.
-        more_scores: what is computed of captions and references besides the official scores, by name.
+        more_scores: of one caption besides the official scores, by name; that of a split is their mean.
         kwargs: those of `Seq2SeqTrainer`.
 
     Attributes:
         predictions: the captions of the last evaluation, by image id.
+        image_losses: of the last evaluation, by image id: nats of its references, and their tokens.
         throughput: what training did so far.
     """
 
@@ -129,6 +130,7 @@ class CaptionTrainer(ResumableTrainer):
         self.learning_rates = {part: learning_rates.get(part, self.args.learning_rate) for part in PARTS}
         self.projection = LabelledProjection(bundle.model.get_output_embeddings())
         self.predictions: dict[int, str] = {}
+        self.image_losses: tuple[dict[int, float], dict[int, float]] = {}, {}
         self._only_loss = False
         self.throughput = Throughput()
         self.rewards: list[float] = []  # of each self-critical batch since the last log
@@ -331,11 +333,12 @@ class CaptionTrainer(ResumableTrainer):
 
     # ---- evaluation
 
-    def loss_of(self, dataset) -> float:
-        """The mean cross-entropy of a split's references in nats per token; no captions are generated."""
+    def losses_of(self, dataset) -> tuple[dict[int, float], dict[int, float]]:
+        """The cross-entropy of each image's references in nats, and their tokens; no captions are generated."""
         self._only_loss = True
         try:
-            return (self.predict(dataset).metrics or {})["test_loss"]
+            self.predict(dataset)
+            return self.image_losses
         finally:
             self._only_loss = False
 
@@ -391,10 +394,10 @@ class CaptionTrainer(ResumableTrainer):
             raise RuntimeError(f"{len(ids):,} images came back from an evaluation of {self._images:,}")
         tokens = np.where(tokens == IGNORED, self.bundle.tokenizer.pad_token_id, tokens)[first]
         loss = float(summed[first].sum() / counted[first].sum())
+        nats, number = (dict(zip(ids.tolist(), values[first].tolist(), strict=True)) for values in (summed, counted))
+        self.image_losses = nats, number
         if self._only_loss:
             return {"loss": loss}
         self.predictions = dict(zip(ids.tolist(), decode(self.bundle.tokenizer, tokens), strict=True))
         references = {image_id: self.references[image_id] for image_id in self.predictions}
-        scores = coco_scores(self.predictions, references)
-        scores |= {name: score(self.predictions, references) for name, score in self.more_scores.items()}
-        return {"loss": loss, **scores}
+        return {"loss": loss, **evaluate(self.predictions, references, more=self.more_scores).scores}
