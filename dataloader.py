@@ -31,6 +31,7 @@ from captioning.data.annotations import COCO_URL, read_coco, read_karpathy
 from captioning.data.recognise import join, recognise
 from captioning.data.records import Record
 from captioning.data.tables import Wanted
+from captioning.files import check_target
 
 # For the check of free space, bytes: an image of COCO 2014, the captions of both parts, and a prepared image, which
 # is there twice before the folder is finished.
@@ -137,6 +138,8 @@ class Arguments:
             raise InputError(
                 f"--preview '{self.preview}' is a folder, or lies in none; name a PNG file in a folder that exists"
             )
+        if self.preview:
+            check_target(self.preview, "--preview")
         if (self.karpathy_json is None) != (self.image_dir is None) and not self.data:
             raise InputError("--karpathy_json and --image_dir belong together; give both")
         if sum((bool(self.data), self.coco_dir is not None, self.karpathy_json is not None, self.sample)) > 1:

@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any
 from captioning import InputError, cli
 from captioning.cli import flag
 from captioning.data.images import SUFFIXES as IMAGE_SUFFIXES
-from captioning.files import json_text, write_whole
+from captioning.files import check_target, json_text, write_whole
 
 if TYPE_CHECKING:
     from captioning.data.folder import Split
@@ -129,10 +129,15 @@ class Arguments:
             file = getattr(self, name)
             if file and not file.parent.is_dir():
                 raise InputError(f"--{name} '{file}': there is no folder '{file.parent}'")
-            if file and file.is_dir():
-                raise InputError(f"--{name} '{file}' is a folder; name a file")
+            if file:
+                check_target(file, f"--{name}")
         if not self.predictions and "/" not in self.model_path and not Path(self.model_path).is_dir():
             raise InputError(f"--model_path '{self.model_path}' is not a folder; did you run train.py?")
+        if self.data_path:  # before hours of captioning: where the scores go
+            beside = (self.predictions or self.output or Path(self.model_path, "any")).parent
+            for pattern in ("scored_*.json", "*_per_image.json"):
+                for file in beside.glob(pattern):
+                    check_target(file)
         if self.data_path and not (self.data_path / "dataset.json").is_file():
             raise InputError(f"--data_path '{self.data_path}' is not a folder of dataloader.py; did you run it?")
 

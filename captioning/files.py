@@ -1,4 +1,9 @@
-"""Files that are whole or not there, locks, JSON, full disks."""
+"""Files that are whole or not there, never written through a link; locks, JSON, full disks.
+
+Folders come from strangers too. A link in one of them, under a name that is about to be written, may lead to any file
+of the user's. So what is new is made under a name that nobody can know, and put in its place by renaming; what is
+continued is opened by `open_in_place`; and `refuse_links` looks through a folder that a library is about to fill.
+"""
 
 from __future__ import annotations
 
@@ -7,32 +12,146 @@ import errno
 import json
 import os
 import re
+import secrets
+import shutil
+import stat
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
 from captioning import InputError
+
+NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
+
+# ---- writing
+
+
+def check_target(path: Path, what: str = "") -> None:
+    """Refuse a place where no file can be written: a link, a folder, a pipe, a device.
+
+    Args:
+        what: the flag that names it.
+
+    Raises:
+        InputError: it is one of these.
+    """
+    name = f"{what} '{path}'".lstrip()
+    try:
+        kind = os.lstat(path).st_mode
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    if stat.S_ISLNK(kind):
+        raise InputError(f"{name} is a link, and nothing is written through one; remove it, or name the file itself")
+    if stat.S_ISDIR(kind):
+        raise InputError(f"{name} is a folder; name a file")
+    if not stat.S_ISREG(kind):
+        raise InputError(f"{name} is not a regular file; name another")
 
 
 @contextlib.contextmanager
 def replacing(path: Path, keep: bool = True) -> Iterator[Path]:
     """A name beside `path` to write to; it takes the place of `path` when the block ends without an error.
 
-    With `keep=False` it never does: a temporary file.
+    With `keep=False` it never does: a temporary file. An empty file of that name is there already, which this process
+    made.
+
+    Raises:
+        InputError: at `path` is a link, or no regular file.
     """
     path = Path(path)
+    check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{os.getpid()}.{path.name}")
+    part = path.with_name(f".{os.getpid()}.{secrets.token_hex(4)}.{path.name[-50:]}")
+    os.close(os.open(part, os.O_WRONLY | os.O_CREAT | os.O_EXCL | NO_FOLLOW, 0o666))
     try:
         yield part
         if keep:
             with part.open("rb") as file:
                 os.fsync(file.fileno())  # or a power cut may leave the name with nothing behind it
+            check_target(path)
             part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def open_in_place(path: Path, append: bool = False) -> BinaryIO:
+    """A file that is written to where it lies, to continue it; an empty one is made where there is none.
+
+    Args:
+        append: every write goes to its end; otherwise it can be read and written anywhere.
+
+    Raises:
+        InputError: it is a link, has another name besides (a hard link), or is no regular file.
+    """
+    check_target(path)
+    flags = os.O_CREAT | NO_FOLLOW | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    handle = os.open(path, flags | (os.O_WRONLY | os.O_APPEND if append else os.O_RDWR), 0o666)
+    opened = os.fstat(handle)
+    if not stat.S_ISREG(opened.st_mode) or opened.st_nlink > 1:
+        os.close(handle)
+        raise InputError(f"'{path}' is a link to another file, or no regular file; remove it")
+    return os.fdopen(handle, "ab" if append else "r+b")
+
+
+def make_folder(path: Path, within: Path) -> None:
+    """Make a folder and those above it; below `within`, which the user named, none of them may be a link.
+
+    Raises:
+        InputError: one is.
+    """
+    for place in (path, *path.parents):
+        if place == within:
+            break
+        if place.is_symlink():
+            raise InputError(f"'{place}' is a link, and nothing is written through one; put a folder in its place")
+    path.mkdir(parents=True, exist_ok=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a folder with all that is in it; of a link the link alone. What cannot be removed stays."""
+    if path.is_symlink():
+        path.unlink(missing_ok=True)
+    else:
+        shutil.rmtree(path, ignore_errors=True)
+
+
+# Endings of what is written into a run folder.
+WRITTEN = (".json", ".safetensors", ".bin", ".pt", ".pth", ".txt", ".jinja", ".png", ".html", ".md")
+
+
+def refuse_links(folder: Path, what: str) -> None:
+    """Refuse a folder to write to that holds links to files or to outside, pipes, devices, or folders for files.
+
+    A link to a folder of its own is harmless. `folder` itself may be a link: the user named it.
+
+    Args:
+        what: the flag that names it.
+
+    Raises:
+        InputError: one is there.
+    """
+    outside = folder.resolve()
+    for at, folders, files in os.walk(folder):
+        for name in folders:
+            path = Path(at, name)
+            if path.is_symlink() and not path.resolve().is_relative_to(outside):
+                raise InputError(
+                    f"{what} '{folder}' holds a link to another folder, '{path}', and nothing is written through one; "
+                    "remove it, or name another folder"
+                )
+            if not path.is_symlink() and path.suffix in WRITTEN:
+                raise InputError(f"'{path}' is a folder, and a file of that name is written; remove it")
+        for name in files:
+            path = Path(at, name)
+            if path.is_symlink():
+                raise InputError(
+                    f"{what} '{folder}' holds a link, '{path}', and nothing is written through one; remove it, or name "
+                    "another folder"
+                )
+            if not stat.S_ISREG(path.lstat().st_mode) and not stat.S_ISSOCK(path.lstat().st_mode):
+                raise InputError(f"'{path}' is not a regular file; remove it, or name another folder than '{folder}'")
 
 
 def remove_leftovers(folder: Path) -> None:
@@ -65,9 +184,13 @@ def lock(path: Path, wait: bool) -> Iterator[bool]:
 
     Args:
         wait: for another process that holds it; otherwise yields False then.
+
+    Raises:
+        InputError: at `path` is a link, or no regular file.
     """
     import filelock
 
+    check_target(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     # Not its soft locks: where there are no others it would warn on stderr.
     held = filelock.FileLock(path, timeout=-1 if wait else 0, fallback_to_soft=False)
@@ -89,7 +212,7 @@ def lock(path: Path, wait: bool) -> Iterator[bool]:
 
 
 def write_whole(path: Path, content: bytes | str) -> None:
-    """Write bytes, or text as UTF-8."""
+    """Write bytes, or text as UTF-8; see `replacing`."""
     with replacing(path) as part:
         part.write_bytes(content if isinstance(content, bytes) else content.encode())
 

@@ -31,7 +31,7 @@ from captioning.data import images
 from captioning.data.annotations import NO_NETWORK_HINT, PARTS
 from captioning.data.fetch import Answer, FetchError, fetch, shown
 from captioning.data.records import Record
-from captioning.files import remove_leftovers, replacing, write_whole
+from captioning.files import make_folder, remove, remove_leftovers, replacing, write_whole
 
 ANNOTATIONS_ZIP = "annotations/annotations_trainval2014.zip"  # 241 MB, the captions a small part of it
 ANNOTATIONS = [f"annotations/captions_{part}.json" for part in PARTS]
@@ -129,8 +129,13 @@ def missing(records: Sequence[Record]) -> list[Record]:
     return [record for record in records if record.url and not record.is_there()]
 
 
-def fetch_images(records: Sequence[Record], client: Client, connections: int = CONNECTIONS) -> dict[int, str]:
+def fetch_images(
+    records: Sequence[Record], client: Client, connections: int = CONNECTIONS, within: Path | None = None
+) -> dict[int, str]:
     """Fetch the images that are not at their `path` yet; a bar on stderr shows images, MB/s and the time left.
+
+    Args:
+        within: a folder that the user named (default: the one above the images'); no folder below it may be a link.
 
     Returns:
         The ids of the images that the server does not have, or not whole, and why.
@@ -144,7 +149,7 @@ def fetch_images(records: Sequence[Record], client: Client, connections: int = C
     if not wanted:
         return {}
     for folder in {record.path.parent for record in wanted}:
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder, within or folder.parent)
         remove_leftovers(folder)
     waiting = iter(wanted)
     results: queue.SimpleQueue[tuple[Record, float, int, Exception | None]] = queue.SimpleQueue()
@@ -236,7 +241,8 @@ def fetcher(client: Client, cache_dir: Path, skip_missing: bool) -> Callable[[Se
     given_up: set[int] = set()
 
     def fetch_all(records: Sequence[Record]) -> None:
-        failed = fetch_images([record for record in records if record.image_id not in given_up], client)
+        wanted = [record for record in records if record.image_id not in given_up]
+        failed = fetch_images(wanted, client, within=cache_dir.expanduser())
         if not failed:
             return
         cli.note(f"{len(failed):,} images could not be fetched, by reason and id:")
@@ -272,7 +278,7 @@ def fetch_annotations(cache_dir: Path, url: str, client: Client) -> Path:
     if not wanted:
         return cache_dir
     folder = cache_dir / "annotations"
-    folder.mkdir(parents=True, exist_ok=True)
+    make_folder(folder, cache_dir)
     remove_leftovers(folder)
     address = f"{url}/{ANNOTATIONS_ZIP}"
     archive = None
@@ -361,8 +367,8 @@ class RemoteFile(RawIOBase):
         self.blocks = folder / f".blocks-{self.total}-{zlib.crc32(self.version.encode()):08x}"
         for other in folder.glob(".blocks-*"):
             if other != self.blocks:
-                shutil.rmtree(other, ignore_errors=True)
-        self.blocks.mkdir(exist_ok=True)
+                remove(other)
+        make_folder(self.blocks, folder)
         remove_leftovers(self.blocks)
 
     def readable(self) -> bool:
@@ -403,4 +409,4 @@ class RemoteFile(RawIOBase):
 
     def forget(self) -> None:
         """Remove the blocks."""
-        shutil.rmtree(self.blocks, ignore_errors=True)
+        remove(self.blocks)

@@ -30,7 +30,7 @@ from captioning import InputError
 from captioning.data import images
 from captioning.data.choose import SPLITS
 from captioning.data.records import Record
-from captioning.files import lock, read_json
+from captioning.files import lock, read_json, remove
 
 if TYPE_CHECKING:
     import datasets
@@ -68,10 +68,10 @@ def replaced(target: Path) -> Iterator[Path]:
             raise InputError(
                 f"another run is writing to --save_path '{target}'; wait until it has ended, or name another folder"
             )
-        if old.exists() and not target.exists():
+        if old.is_dir() and not old.is_symlink() and not target.exists():
             old.rename(target)
         for left in (old, work):
-            shutil.rmtree(left, ignore_errors=True)
+            remove(left)
         work.mkdir()
         try:
             yield work
@@ -97,8 +97,8 @@ def _move_into_place(work: Path, target: Path, old: Path) -> None:
     try:
         if target.exists():
             for hidden in target.glob(".*"):
-                if hidden.is_file():
-                    shutil.copy2(hidden, work / hidden.name)
+                if hidden.is_file():  # a link stays a link: what it leads to is no part of the folder
+                    shutil.copy2(hidden, work / hidden.name, follow_symlinks=False)
             target.rename(old)
         work.rename(target)
     except OSError as error:

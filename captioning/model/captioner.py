@@ -9,7 +9,7 @@ import contextlib
 import functools
 import os
 import re
-import shutil
+import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from captioning import InputError
-from captioning.files import read_json
+from captioning.files import check_target, read_json, remove
 from captioning.model.parts import (
     BUNDLE_HINT,
     DECODER_PRESETS,
@@ -357,13 +357,16 @@ def save(bundle: Bundle, path: str | os.PathLike) -> None:
 
     Each file takes its place when all are written: an interruption leaves an earlier bundle as it was.
     """
-    part = Path(path, ".part")
-    shutil.rmtree(part, ignore_errors=True)  # of a run that was killed here
+    for left in Path(path).glob(".part-*"):  # of a run that was killed here
+        remove(left)
+    Path(path).mkdir(parents=True, exist_ok=True)
+    part = Path(tempfile.mkdtemp(prefix=".part-", dir=path))
     try:
         bundle.model.save_pretrained(part, state_dict=_named_as_before(bundle.model))
         save_tokenizer(bundle.tokenizer, part)
         bundle.image_processor.save_pretrained(part)
         for file in part.iterdir():
+            check_target(Path(path, file.name))
             file.replace(Path(path, file.name))
     finally:
-        shutil.rmtree(part, ignore_errors=True)
+        remove(part)

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioning import InputError, cli
 from captioning.cli import flag
+from captioning.files import refuse_links
 from captioning.scores.names import SCORE_NAMES
 from captioning.training import resilience
 
@@ -134,6 +135,12 @@ class Arguments:
             raise InputError(f"--output_dir '{self.output_dir}' is a file; name a folder")
         if any(folder.is_file() for folder in self.output_dir.absolute().parents):
             raise InputError(f"--output_dir '{self.output_dir}' lies below a file; name another folder")
+        refuse_links(self.output_dir, "--output_dir")
+        if self.cache_features:
+            cache = self.data_path / ".features"
+            if cache.is_symlink():
+                raise InputError(f"'{cache}' is a link, and nothing is written through one; put a folder in its place")
+            refuse_links(cache, "--data_path")
         self.checkpoint()
         if not (self.data_path / "dataset.json").is_file():
             raise InputError(f"--data_path '{self.data_path}' is not a folder of dataloader.py; did you run it?")
