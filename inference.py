@@ -10,6 +10,7 @@
     python inference.py --serve                                      # a page in the browser (pip install gradio)
     python inference.py --data_path ./processed_data --split test    # score a run folder on a split
     python inference.py --predictions results.json --data_path ./processed_data   # score anybody's captions
+    python inference.py --compare run-a run-b --data_path ./processed_data        # is the difference chance?
 
 Exit code 0: all done; 1: some images of several failed, listed on stderr; 2: bad input.
 """
@@ -22,7 +23,7 @@ import json
 import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -91,6 +92,13 @@ class Arguments:
     predictions: Path | None = flag(
         None, SCORE, "score these captions (COCO results format), without a model", metavar="FILE"
     )
+    compare: list[str] | None = flag(
+        None,
+        SCORE,
+        "two run folders or files of captions, or more: scores side by side, how the others differ from the first, and "
+        "whether that may be chance; writes a page (--output) and the scores of each image as CSV",
+        metavar="RUN",
+    )
     debug: bool = cli.debug_flag()
 
     def __post_init__(self):
@@ -106,6 +114,8 @@ class Arguments:
         self._check_paths()
 
     def _check_combinations(self) -> None:
+        if self.compare:
+            self._check_comparison()
         if self.data_path and (self.json or self.explain or self.alternatives > 1):
             wrong = "json" if self.json else "explain" if self.explain else "alternatives"
             raise InputError(f"--{wrong} is for --image_path, not for scoring a split")
@@ -124,6 +134,18 @@ class Arguments:
         if self.predictions and self.output:
             raise InputError("--output has no use with --predictions: the scores are written beside that file")
 
+    def _check_comparison(self) -> None:
+        assert self.compare is not None
+        if len(self.compare) < 2:
+            raise InputError(f"--compare '{self.compare[0]}' names one run; name two or more")
+        if not self.data_path:
+            raise InputError("--compare needs --data_path, which holds the references")
+        if self.predictions:
+            raise InputError("--predictions has no use with --compare, which takes such files itself")
+        for path in self.compare:
+            if not Path(path).exists():
+                raise InputError(f"--compare '{path}' does not exist; name run folders, or files of captions")
+
     def _check_paths(self) -> None:
         for name in ("output", "explain"):
             file = getattr(self, name)
@@ -131,9 +153,9 @@ class Arguments:
                 raise InputError(f"--{name} '{file}': there is no folder '{file.parent}'")
             if file:
                 check_target(file, f"--{name}")
-        if not self.predictions and "/" not in self.model_path and not Path(self.model_path).is_dir():
+        if not (self.predictions or self.compare) and "/" not in self.model_path and not Path(self.model_path).is_dir():
             raise InputError(f"--model_path '{self.model_path}' is not a folder; did you run train.py?")
-        if self.data_path:  # before hours of captioning: where the scores go
+        if self.data_path and not self.compare:  # before hours of captioning: where the scores go
             beside = (self.predictions or self.output or Path(self.model_path, "any")).parent
             for pattern in ("scored_*.json", "*_per_image.json"):
                 for file in beside.glob(pattern):
@@ -151,6 +173,8 @@ def main(argv: list[str] | None = None) -> int:
         alternatives = args.alternatives if args.alternatives > 1 else 0
         serve.serve(load_model(args), args.host, args.port, alternatives, args.explain_layers)
         return 0
+    if args.compare:
+        return compare(args)
     return score(args) if args.data_path else caption_images(args)
 
 
@@ -419,6 +443,63 @@ def score(args: Arguments) -> int:
     warn_of_monotony(list(predictions.values()), [references[image_id] for image_id in predictions])
     print(tables.scores({args.split: scores}))
     return 0
+
+
+def compare(args: Arguments) -> int:
+    """Compare the captioners of `--compare` on a split of `--data_path`."""
+    from captioning.data.facts import more_scores
+    from captioning.data.folder import load_prepared
+    from captioning.scores import bootstrap
+    from captioning.show import compare, wording
+
+    assert args.data_path is not None and args.compare is not None
+    splits, description = load_prepared(args.data_path)
+    split = splits[args.split]
+    references = dict(zip(split.image_id, split.captions, strict=True))
+    names = compare.short_names(args.compare)
+    captions = {name: captions_of(path, split, args) for name, path in zip(names, args.compare, strict=True)}
+    results = [compare.results_of(path, args.split) for path in args.compare]
+    found = compare.compare(
+        captions, references, more_scores(description["source"]), compare.differ_in_seeds_alone(results)
+    )
+    for warning in compare.warnings(found, results, args.split):
+        cli.note(f"warning: {warning}")
+    row_of = {image_id: row for row, image_id in enumerate(split.image_id)}
+    file_names = dict(zip(split.image_id, split.file_name, strict=True))
+    source = description["source"]
+    target = args.output or Path(compare.file_name(names, args.split))
+    write_whole(target.with_suffix(".csv"), compare.per_image_csv(found, file_names))
+    page = compare.page(
+        found, f"{source}, {args.split} split", wording.author(source), file_names, lambda i: split.image(row_of[i])
+    )
+    write_whole(target, page)
+    first = found.evaluations[found.first]
+    cli.note(f"{args.split} split, {len(split):,} images, {source}; {first.protocol}")
+    cli.note(f"in brackets: {bootstrap.PROTOCOL}; signature: {first.signature}")
+    cli.note(f"page written to {target}, scores of each image to {target.with_suffix('.csv')}")
+    print(compare.table(found))
+    return 0
+
+
+def captions_of(path: str, split: Split, args: Arguments) -> dict[int, str]:
+    """The captions of a split by a run or a file: those that lie there, or else those that the run's model gives."""
+    references = dict(zip(split.image_id, split.captions, strict=True))
+    if Path(path).is_file():
+        return read_predictions(Path(path), references)
+    for name in (f"predictions_{args.split}.json", f"scored_{args.split}_predictions.json"):
+        file = Path(path) / name
+        if file.is_file():
+            try:
+                captions = read_predictions(file, references)
+            except InputError:
+                continue  # captions of other data: the model was trained elsewhere
+            cli.note(f"{path}: captions of {name}")
+            return captions
+    cli.note(f"{path}: has no captions of this split; its model writes them")
+    captions, _ = caption_split(split, replace(args, model_path=path))
+    results = [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()]
+    write_json(Path(path) / f"scored_{args.split}_predictions.json", results)
+    return captions
 
 
 def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[str, Any]]:

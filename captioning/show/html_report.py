@@ -7,24 +7,20 @@ The values are computed here and laid out in `report.html.jinja`.
 
 from __future__ import annotations
 
-import base64
-import functools
 import io
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-import jinja2
 from PIL import Image
 
-from captioning import cli
 from captioning.scores import metrics, monotony
 from captioning.scores.names import BRIEF_KEYS, SCORE_NAMES
 from captioning.scores.words import choose
 from captioning.show import tables, wording
 from captioning.show.curves import draw_curves
+from captioning.show.templates import data_uri, render, thumbnail
 
 if TYPE_CHECKING:
     from captioning.data.folder import Split
@@ -32,7 +28,6 @@ if TYPE_CHECKING:
 SHOWN = 6  # images in each of: the best, the worst, the unchosen
 LONGEST = 20  # words; longer captions share a row
 FREQUENT = 10  # captions, and words that the model never says
-PICTURE_SIDE = 360  # pixels; about 20 kB each
 BAR_WIDTH = 5.5  # rem, of the longest bar
 
 # Of the Trainer's settings, those that a run is judged by; results.json holds them all.
@@ -79,7 +74,8 @@ def report_page(
         An HTML document. Every caption and name in it is escaped, control characters are left out.
     """
     references = dict(zip(split.image_id, split.captions, strict=True))
-    return _template().render(
+    return render(
+        "report.html.jinja",
         title=wording.title(results["model"]["encoder"], results["model"]["decoder"]),
         images=results["data"]["images"],
         source=results["data"]["source"],
@@ -93,31 +89,8 @@ def report_page(
     )
 
 
-@functools.cache
-def _template() -> jinja2.Template:
-    def printable(value: Any) -> str:
-        """`value` without the characters that control a terminal or turn the writing round."""
-        return "".join(char if char.isprintable() or char in cli.JOINERS else " " for char in str(value))
-
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        # Every value passes here and is escaped afterwards, but for the HTML of a macro, whose own values have passed.
-        finalize=lambda value: value if hasattr(value, "__html__") else printable(value),
-    )
-    environment.filters |= {"printable": printable, "thousands": "{:,}".format}
-    return environment.get_template("report.html.jinja")
-
-
 def _percent(share: float, digits: int = 0) -> str:
     return f"{100 * share:.{digits}f} %"
-
-
-def _data_uri(image: Image.Image, kind: str, **options: Any) -> str:
-    data = io.BytesIO()
-    image.save(data, kind, optimize=True, **options)
-    return f"data:image/{kind.lower()};base64," + base64.b64encode(data.getvalue()).decode()
 
 
 # ---- sections: the values of each
@@ -157,7 +130,7 @@ def _curves(log_history: Sequence[dict], kept: int) -> dict[str, Any]:
             if f"eval_{key}" in first and f"eval_{key}" in last
         )
     return {
-        "picture": _data_uri(picture, "PNG"),
+        "picture": data_uri(picture, "PNG"),
         "alt": alt,
         "head": ["epoch", "step", *(SCORE_NAMES[key] for key in shown)],
         "rows": [
@@ -255,7 +228,7 @@ def _examples(
         return [
             {
                 "image_id": ids[row],
-                "picture": _thumbnail(split.image(row)),
+                "picture": thumbnail(split.image(row)),
                 "caption": predictions[ids[row]],
                 "references": references[ids[row]],
                 "scores": [(SCORE_NAMES[key], each[ids[row]][key]) for key in ("cider_d", "bleu_4", "rouge_l")],
@@ -268,13 +241,6 @@ def _examples(
         ("The worst", "By CIDEr-D.", cards(ranked[:number])),
         ("Unchosen", "Evenly spaced in the order of the split, whatever their scores.", cards(even)),
     ]
-
-
-def _thumbnail(image: Image.Image) -> str:
-    """A data URI of an RGB image, PICTURE_SIDE pixels at most."""
-    image = image.copy()
-    image.thumbnail((PICTURE_SIDE, PICTURE_SIDE), Image.Resampling.LANCZOS)
-    return _data_uri(image, "JPEG", quality=75)
 
 
 def _settings(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:
