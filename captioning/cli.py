@@ -226,8 +226,8 @@ def hint(option: str, known: Iterable[str]) -> str:
 
 
 def note(message: str) -> None:
-    """One line about what was decided, on stderr: stdout carries results only."""
-    print(message, file=sys.stderr, flush=True)
+    """One line about what was decided, on stderr: stdout carries results only. Control characters are escaped."""
+    print("\n".join(map(printable, message.split("\n"))), file=sys.stderr, flush=True)
 
 
 LINES_EVERY = 30.0  # seconds between two lines of a bar in a file

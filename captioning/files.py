@@ -21,7 +21,8 @@ from typing import Any, BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
-from captioning import InputError
+from captioning import InputError, foreign
+from captioning.foreign import MOST_BYTES
 
 NO_FOLLOW = getattr(os, "O_NOFOLLOW", 0)  # Windows has none
 
@@ -242,26 +243,17 @@ def is_full_disk(error: BaseException) -> bool:
     return number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
-def read_json(path: Path, remedy: str = "correct the file") -> dict[str, Any]:
-    """A JSON object from a file.
+def read_json(path: Path, remedy: str = "correct the file", most: int = MOST_BYTES) -> dict[str, Any]:
+    """A JSON object from a file, read within limits.
 
     Args:
         remedy: what to do when it holds something else.
+        most: bytes.
 
     Raises:
-        InputError: it is missing, not UTF-8 JSON, or not an object.
+        InputError: it is missing, no regular file, too long, not UTF-8 JSON, nested too deep, or not an object.
     """
-    try:
-        content = json.loads(path.read_text(encoding="utf-8-sig"))
-    except FileNotFoundError:
-        raise InputError(f"'{path}' does not exist; check the path") from None
-    except OSError as error:
-        raise InputError(f"cannot read '{path}': {error.strerror}") from None
-    except UnicodeDecodeError as error:
-        line = error.object.count(b"\n", 0, error.start) + 1
-        raise InputError(f"'{path}' is not a JSON file in UTF-8 (line {line}: {error}); {remedy}") from None
-    except (ValueError, RecursionError) as error:  # with line and column, but for a number of thousands of digits
-        raise InputError(f"'{path}' is not a JSON file ({error}); {remedy}") from None
+    content = foreign.read_json(path, remedy, most)
     if not isinstance(content, dict):
         raise InputError(f"'{path}' holds a {type(content).__name__}, not a JSON object; {remedy}")
     return content

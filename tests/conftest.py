@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,10 @@ ROOT = Path(__file__).resolve().parent.parent
 # A test must never depend on a hub, nor wait for one.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+# What is remembered of folders goes with the tests; matplotlib's list of fonts, which takes seconds to make, does not.
+CACHE = tempfile.TemporaryDirectory(prefix="captioning-tests-")
+os.environ["MPLCONFIGDIR"] = str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "matplotlib").expanduser())
+os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 
 def script(name: str, *arguments, timeout: float = 240) -> subprocess.CompletedProcess:

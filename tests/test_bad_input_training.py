@@ -293,7 +293,7 @@ REFUSED: dict[str, Row] = {
     "counts that are words": (
         "train",
         data(description(images="many")),
-        rf"dataset\.json' does not count each split's images; {AGAIN}",
+        rf"dataset\.json' says images 'many', which is not an object .*{AGAIN}",
     ),
     "no training split": ("train", data(removed("train")), f"--data_path '.*data' cannot be read .*{AGAIN}"),
     "no list of splits": (

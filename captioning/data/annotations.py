@@ -19,6 +19,7 @@ from captioning.files import read_json
 
 COCO_URL = "http://images.cocodataset.org"
 PARTS = ("train2014", "val2014")
+MOST_BYTES = 4_000_000_000  # of annotations; those of COCO 2014 have 66 MB
 NO_NETWORK_HINT = "pass --coco_dir with a COCO 2014 you have, or --sample to draw a small data set"
 
 
@@ -45,7 +46,8 @@ def read_coco(coco_dir: Path, url: str | None = None) -> dict[str, list[Record]]
 def _read_part(coco_dir: Path, part: str, url: str | None) -> list[Record]:
     path = coco_dir / "annotations" / f"captions_{part}.json"
     # With a mirror the annotations come from there too, and are not the user's to correct.
-    content = read_json(path, "delete it, and the same command fetches it again") if url else read_json(path)
+    remedy = "delete it, and the same command fetches it again" if url else "correct the file"
+    content = read_json(path, remedy, MOST_BYTES)
     try:
         captions: dict[int, list[str]] = {image["id"]: [] for image in content["images"]}
         without_image = 0
@@ -98,7 +100,7 @@ def read_karpathy(file: Path, image_dir: Path) -> dict[str, list[Record]]:
         raise InputError(f"--image_dir '{image_dir}' is not a folder; name the folder that holds the images")
     splits = {"train": "train", "restval": "train", "val": "validation", "test": "test"}
     pools: dict[str, list[Record]] = {"train": [], "validation": [], "test": []}
-    images = read_json(file).get("images")
+    images = read_json(file, most=MOST_BYTES).get("images")
     for position, image in enumerate(images if isinstance(images, list) else []):
         try:
             record = _record(

@@ -13,6 +13,7 @@ splits["train"].image(0), splits["train"].captions[0], splits["train"].labels(0)
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
 import json
 import re
@@ -26,8 +27,9 @@ from typing import TYPE_CHECKING, Any
 
 import PIL.Image
 
-from captioning import InputError
+from captioning import InputError, foreign
 from captioning.data import images
+from captioning.data.check import check
 from captioning.data.choose import SPLITS
 from captioning.data.records import Record
 from captioning.files import lock, read_json, remove
@@ -40,6 +42,21 @@ if TYPE_CHECKING:
 DESCRIPTION = "dataset.json"
 AGAIN = "run dataloader.py again"
 SHARD_SIZE = 500_000_000  # bytes of one Arrow file, about
+# What is used of a description, which may come from somebody else.
+COUNT = foreign.whole(0, 2**40)
+DESCRIBED = {
+    "source": foreign.text(least=1),
+    "encoder": foreign.text(4096, 1),
+    "decoder": foreign.text(4096, 1),
+    "images": foreign.object_of(COUNT, most=100),
+    "max_length": foreign.whole(2, 1_000_000),
+    "center_crop": foreign.either(foreign.flag, foreign.null),
+    "captions_truncated": COUNT,
+    "dropped": foreign.object_of(COUNT),
+    "versions": foreign.object_of(foreign.text()),
+    "shard": foreign.either(foreign.text(100), foreign.null),
+}
+NEEDED = ("source", "encoder", "decoder", "images")
 
 
 # ---- the folder
@@ -458,25 +475,56 @@ def _refuse_strangers(folders: Sequence[Path], descriptions: Sequence[Mapping[st
 
 def _load_one(folder: Path) -> tuple[Mapping[str, datasets.Dataset], dict[str, Any]]:
     """The rows of each split of one folder, and its `dataset.json`."""
-    from datasets import load_from_disk
-
     description = read_json(folder / DESCRIPTION, AGAIN)
-    try:
-        splits = load_from_disk(str(folder))
-    except (OSError, ValueError, KeyError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise InputError(f"--data_path '{folder}' cannot be read ({reason}); {AGAIN}") from None
-    except IndexError:
-        raise InputError(f"--data_path '{folder}' has a split without images; {AGAIN}") from None
-    for split in SPLITS:
-        if split not in splits or not len(splits[split]):
-            raise InputError(f"--data_path '{folder}' has no {split} images; {AGAIN}")
-        missing = {"image_id", "image", "captions", "labels"} - set(splits[split].column_names)
-        if missing:
-            raise InputError(f"the {split} split of --data_path '{folder}' has no column '{min(missing)}'; {AGAIN}")
-    missing = {"source", "encoder", "decoder", "images"} - set(description)
-    if missing:
-        raise InputError(f"'{folder}/{DESCRIPTION}' does not say '{min(missing)}'; {AGAIN}")
-    if not isinstance(description["images"], dict) or set(splits) - set(description["images"]):
+    told = foreign.check(description, DESCRIBED, f"'{folder}/{DESCRIPTION}'", AGAIN, NEEDED)
+    if set(SPLITS) - set(told["images"]):
         raise InputError(f"'{folder}/{DESCRIPTION}' does not count each split's images; {AGAIN}")
-    return splits, description
+    what = f"--data_path '{folder}'"
+    try:
+        listed = read_json(folder / "dataset_dict.json", AGAIN)
+        states = {split: read_json(folder / split / "state.json", AGAIN) for split in SPLITS}
+    except InputError as error:
+        reason = str(error).removesuffix(f"; {AGAIN}").removesuffix("; check the path")
+        raise InputError(f"{what} cannot be read ({reason}); {AGAIN}") from None
+    splits = foreign.list_of(foreign.text())
+    foreign.check(listed, {"splits": splits}, f"'{folder}/dataset_dict.json'", AGAIN, ["splits"])
+    for split in SPLITS:
+        if split not in listed["splits"]:
+            raise InputError(f"{what} has no {split} images; {AGAIN}")
+        files = foreign.list_of(_file_name)
+        foreign.check(states[split], {"_data_files": files}, f"'{folder}/{split}/state.json'", AGAIN, ["_data_files"])
+    shards = {split: [folder / split / file["filename"] for file in states[split]["_data_files"]] for split in SPLITS}
+    for paths in shards.values():
+        if not paths:
+            raise InputError(f"{what} has a split without images; {AGAIN}")
+    check(folder, shards)
+    try:
+        rows = {split: _rows(paths) for split, paths in shards.items()}
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what} cannot be read ({reason}); {AGAIN}") from None
+    for split in SPLITS:
+        if not len(rows[split]):
+            raise InputError(f"{what} has a split without images; {AGAIN}")
+    return rows, description
+
+
+def _file_name(value: Any) -> str | None:
+    name = value.get("filename") if isinstance(value, dict) else None
+    right = isinstance(name, str) and re.fullmatch(r"[\w.-]{1,200}", name) and name not in (".", "..")
+    return None if right else "an object with the name of a file beside it"
+
+
+def _rows(paths: Sequence[Path]) -> datasets.Dataset:
+    """The rows of Arrow files that `check` has passed. What `datasets` wrote beside them is not needed, or believed."""
+    from datasets import Dataset, DatasetInfo, Features, Image, List, Value
+    from datasets.table import MemoryMappedTable, concat_tables
+
+    kinds = {"image_id": Value("int64"), "file_name": Value("string"), "image": Image()}
+    kinds |= {"captions": List(Value("string")), "labels": List(List(Value("int32")))}
+    tables = [MemoryMappedTable.from_file(str(path)) for path in paths]
+    features = Features({name: kinds[name] for name in tables[0].column_names if name in kinds})
+    names = list(features)
+    tables = [table.select(names).cast(features.arrow_schema) for table in tables]
+    fingerprint = hashlib.sha256(repr([str(path) for path in paths]).encode()).hexdigest()[:16]
+    return Dataset(concat_tables(tables), DatasetInfo(features=features), fingerprint=fingerprint)

@@ -227,8 +227,12 @@ class _Metered(io.BytesIO):
         return super().read(size)
 
 
-def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
-    """Return (PIL image not yet decoded, key of MAX_PIXELS, EXIF block where it is known by now)."""
+def kind_of(data: bytes, name: str) -> str:
+    """Which of FORMATS an image is, a key of MAX_PIXELS, by its first bytes; 1024 are enough.
+
+    Raises:
+        ImageError: none of them, or HEIC without its plugin.
+    """
     if not data:
         raise ImageError(name, "it is empty", "get it again or leave it out")
     kind = next((kind for magic, kind in _SIGNATURES.items() if data.startswith(magic)), None)
@@ -244,6 +248,12 @@ def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
             f"{what} a {FORMATS}",
             "use the address of the image itself" if page else "convert it or leave it out",
         )
+    return kind
+
+
+def _open(data: bytes, name: str) -> tuple[ImageFile.ImageFile, str, bytes]:
+    """Return (PIL image not yet decoded, key of MAX_PIXELS, EXIF block where it is known by now)."""
+    kind = kind_of(data, name)
     exif, buffered, scans = b"", False, 1
     if kind == "JPEG":
         data, exif, buffered, scans = _bare_jpeg(data)

@@ -23,6 +23,7 @@ from typing import Any
 
 from captioning import InputError
 from captioning.data.images import SUFFIXES
+from captioning.foreign import refuse_special
 
 Row = dict[str, Any]
 SAMPLE = 200  # rows that are looked at
@@ -103,7 +104,12 @@ def read_table(path: Path) -> Table | None:
 
 
 def open_text(path: Path) -> io.TextIOWrapper:
-    """A file of text, in UTF-8 or in UTF-16 with its mark."""
+    """A file of text, in UTF-8 or in UTF-16 with its mark.
+
+    Raises:
+        InputError: it is a folder, a pipe or a device.
+    """
+    refuse_special(path)
     with path.open("rb") as file:
         start = file.read(2)
     encoding = "utf-16" if start in (b"\xff\xfe", b"\xfe\xff") else "utf-8-sig"
