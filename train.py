@@ -45,7 +45,10 @@ def main(argv: list[str] | None = None) -> int:
     arguments.start_missing_processes(__file__, argv)
     training = arguments.training_arguments(args, rest)
     with resilience.explained(training), resilience.stoppable(training), only_run_in(args.output_dir, training):
-        return train(args, training)
+        code = train(args, training)
+    if training.world_size > 1:
+        resilience.leave(code)
+    return code
 
 
 def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
