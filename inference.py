@@ -7,6 +7,7 @@
     python inference.py --image_path photos/ --json                  # JSON Lines: tokens, log-probabilities, timing
     python inference.py --image_path photo.jpg --alternatives 5      # the five best captions with their scores
     python inference.py --image_path photo.jpg --explain out.png     # where the model looked, word by word
+    python inference.py photo.jpg --case sentence --max_characters 125 --without man   # a caption as you ask for it
     python inference.py --serve                                      # a page in the browser (pip install gradio)
     python inference.py --data_path ./processed_data --split test    # score a run folder on a split
     python inference.py --predictions results.json --data_path ./processed_data   # score anybody's captions
@@ -17,6 +18,7 @@ Exit code 0: all done; 1: some images of several failed, listed on stderr; 2: ba
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import glob
 import json
@@ -36,11 +38,13 @@ if TYPE_CHECKING:
     from captioning.data.folder import Split
     from captioning.model.captioner import Bundle
     from captioning.model.explain import Caption
+    from captioning.model.wishes import Wishes
 
 MOST_ALTERNATIVES = 100  # each is a beam, which takes memory
 
 WHAT, FORM = "what to caption", "what to say"
 HOW = "how (default: what the model was saved with)"
+ASKED = "captions as you ask for them (default: as the model writes them)"
 PAGE, SCORE = "a page in the browser instead (pip install gradio)", "scoring instead"
 
 
@@ -83,6 +87,43 @@ class Arguments:
     batch_size: int = flag(16, HOW, "images at a time")
     device: str | None = flag(None, HOW, "cpu, cuda, cuda:1, mps (default: the best there is)")
 
+    prefix: str = flag(
+        "", ASKED, "how each caption begins, in whole words; the model goes on from there", metavar="TEXT"
+    )
+    min_words: int = flag(0, ASKED, "words of a caption at least (default: no limit)", metavar="N")
+    max_words: int | None = flag(None, ASKED, "words of a caption at most (default: no limit)", metavar="N")
+    max_characters: int | None = flag(
+        None,
+        ASKED,
+        "characters of a caption at most; it ends where a sentence may end (default: no limit)",
+        metavar="N",
+    )
+    must: list[str] | None = flag(
+        None, ASKED, "words that each caption has, in any letter case; a plural is another word", metavar="WORD"
+    )
+    without: list[str] | None = flag(None, ASKED, "words that no caption has, likewise", metavar="WORD")
+    no_repeat_ngram_size: int = flag(
+        0, ASKED, "so many words in a row do not occur twice, and so many tokens neither; 0: they may", metavar="N"
+    )
+    repetition_penalty: float = flag(1.0, ASKED, "above 1: what is there already becomes less likely")
+    length_penalty: float | None = flag(
+        None, ASKED, "above 1: longer captions, by beam search (default: what the model was saved with, or 1)"
+    )
+    temperature: float | None = flag(
+        None, ASKED, "draw captions instead of searching the best: below 1 likelier ones, above 1 more varied ones"
+    )
+    top_p: float | None = flag(
+        None, ASKED, "draw captions, from the likeliest tokens that have this probability together; 0 to 1"
+    )
+    seed: int = flag(0, ASKED, "another number draws other captions")
+    case: str = flag(
+        "as-is",
+        ASKED,
+        "letter case; sentence: a capital letter begins each sentence, a full stop ends the caption",
+        choices=("as-is", "lower", "sentence"),
+    )
+    full_stop: bool | None = flag(None, ASKED, "end with a full stop (default: with --case sentence)")
+
     serve: bool = flag(False, PAGE, "drop an image or paste its address, see where it looked")
     port: int = flag(7860, PAGE, "where to listen")
     host: str = flag("127.0.0.1", PAGE, "where to listen (default: 127.0.0.1, this machine only)")
@@ -111,6 +152,7 @@ class Arguments:
         if not 1 <= self.port <= 65535:
             raise InputError(f"--port {self.port} is not between 1 and 65535")
         self._check_combinations()
+        self._check_wishes()
         self._check_paths()
 
     def _check_combinations(self) -> None:
@@ -145,6 +187,28 @@ class Arguments:
         for path in self.compare:
             if not Path(path).exists():
                 raise InputError(f"--compare '{path}' does not exist; name run folders, or files of captions")
+
+    @functools.cached_property
+    def wishes(self) -> Wishes | None:
+        """What captions are asked to be; None: as the model writes them."""
+        from captioning.model.wishes import Wishes
+
+        names = (field.name for field in dataclasses.fields(Wishes))
+        asked = Wishes(**{name: value for name in names if (value := getattr(self, name)) is not None})
+        return None if asked == Wishes() else asked
+
+    def _check_wishes(self) -> None:
+        if self.wishes is None:
+            return
+        if self.predictions:
+            raise InputError(f"--{next(iter(self.wishes.settings()))} has no use with --predictions: they are written")
+        if self.seed and not self.wishes.drawn:
+            raise InputError("--seed is for captions that are drawn; add --temperature or --top_p")
+        if self.wishes.drawn and (self.num_beams or 1) > 1:
+            raise InputError(
+                f"--num_beams {self.num_beams} is for a search, and with --temperature or --top_p captions are drawn; "
+                "leave one of them out"
+            )
 
     def _check_paths(self) -> None:
         for name in ("output", "explain"):
@@ -194,6 +258,13 @@ def load_model(args: Arguments) -> Bundle:
         if getattr(args, name):
             setattr(bundle.model.generation_config, name, getattr(args, name))
     positions = bundle.model.decoder.config.max_position_embeddings
+    if args.wishes:
+        from captioning.model import constrain
+
+        bundle.wishes = args.wishes
+        if not args.max_new_tokens:
+            constrain.make_room(bundle)
+        constrain.rules_for(bundle, args.wishes, bundle.model.generation_config.max_new_tokens)
     longest = bundle.model.generation_config.max_new_tokens or 0
     if longest >= positions:
         raise InputError(f"--max_new_tokens {longest} is too long; the decoder has {positions} positions")
@@ -513,7 +584,8 @@ def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[s
     parts.refuse_small_images(of_data, bundle.image_processor, args.data_path, args.model_path, args.model_path)
     pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
     predictions = caption_all(bundle, pictures, len(split), args.split, args.batch_size)
-    return predictions, bundle.model.generation_config.to_diff_dict()
+    asked = args.wishes.settings() if args.wishes else {}
+    return predictions, {**bundle.model.generation_config.to_diff_dict(), **asked}
 
 
 def write_json(file: Path, content: Any) -> None:

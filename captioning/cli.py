@@ -63,7 +63,7 @@ def build_parser(kind: type, description: str, **options) -> argparse.ArgumentPa
     """The parser of a dataclass of flags.
 
     A field's annotation decides how its value is read: `bool` takes no value (`--no-NAME` switches off what is on by
-    default), `list[X]` takes one or more, `X | None` is read as X.
+    default; `bool | None` takes both), `list[X]` takes one or more, `X | None` is read as X.
     """
     parser = _Parser(description=description, allow_abbrev=False, **options)
     hints = typing.get_type_hints(kind)
@@ -79,7 +79,7 @@ def build_parser(kind: type, description: str, **options) -> argparse.ArgumentPa
         options["help"] = options["help"].replace("%", "%%")
         value = _value_type(hints[field.name])
         if value is bool:
-            options["action"] = argparse.BooleanOptionalAction if default else "store_true"
+            options["action"] = argparse.BooleanOptionalAction if default in (True, None) else "store_true"
         elif typing.get_origin(value) is list:
             options |= {"nargs": options.get("nargs", "+"), "type": typing.get_args(value)[0]}
         else:

@@ -48,6 +48,7 @@ from captioning.model.parts import (
     save_tokenizer,
 )
 from captioning.model.weights import is_cross_attention, load_weights
+from captioning.model.wishes import Wishes
 
 # What makes any GPT-2 faster: no dropout on the attention weights, which rules out the fused kernels (the dropout after
 # each layer stays), and gelu_new as one kernel instead of eight, under the name that it has in PyTorch.
@@ -58,11 +59,16 @@ DECODING = {"num_beams": 3, "max_new_tokens": 40}
 
 @dataclass
 class Bundle:
-    """What a run folder holds, ready to use."""
+    """What a run folder holds, ready to use.
+
+    Attributes:
+        wishes: what its captions are asked to be; None: as the model writes them by itself.
+    """
 
     model: VisionEncoderDecoderModel
     tokenizer: PreTrainedTokenizerBase
     image_processor: Any
+    wishes: Wishes | None = None
 
     @functools.cached_property
     def pixels(self) -> Pixels:

@@ -16,10 +16,12 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
+from torch.nn.utils.rnn import pad_sequence
 from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from captioning import InputError
+from captioning.model import constrain, wishes
 from captioning.model.captioner import Bundle
 from captioning.model.generate import decode, generate_tokens
 from captioning.model.parts import Pixels
@@ -33,10 +35,11 @@ class Caption:
     """A generated caption and how probable the model finds it.
 
     Attributes:
-        text: without special tokens.
+        text: without special tokens, as it is shown.
         score: what beam search ranks by: the sum of `log_probabilities` over their number to the power of the length
             penalty, which is 1 unless the model says otherwise, and then their mean. Natural logarithm, at most 0.
-        tokens: ids, the end token included where one was generated.
+            The tokens of a prefix that was asked for do not count.
+        tokens: ids, those of a prefix included, and the end token where one was generated.
         log_probabilities: of each token, given the image and the tokens before it.
     """
 
@@ -89,34 +92,44 @@ def best_captions(bundle: Bundle, pixel_values: torch.Tensor, count: int = 1) ->
     Returns:
         A list for each image. With `count` 1, the caption is the one of `model.generate`.
     """
-    return _search(bundle, bundle.model.encoder(pixel_values=pixel_values).last_hidden_state, count)
+    return _search(bundle, bundle.model.encoder(pixel_values=pixel_values).last_hidden_state, count, pixel_values)
 
 
-def _search(bundle: Bundle, states: torch.Tensor, count: int) -> list[list[Caption]]:
+def _search(bundle: Bundle, states: torch.Tensor, count: int, pixel_values: torch.Tensor) -> list[list[Caption]]:
     model, settings = bundle.model, bundle.model.generation_config
-    sequences = generate_tokens(
-        model,
-        states,
-        num_beams=max(count, settings.num_beams or 1),
-        num_return_sequences=count,
-    )
-    generated = sequences[:, 1:]
+    penalty = 1.0 if settings.length_penalty is None else settings.length_penalty
+    if bundle.wishes is None:
+        sequences = generate_tokens(
+            model,
+            states,
+            num_beams=max(count, settings.num_beams or 1),
+            num_return_sequences=count,
+        )
+        texts = decode(bundle.tokenizer, sequences[:, 1:])
+        images, given = torch.arange(len(sequences)) // count, 0
+    else:
+        captions = constrain.search(generate_tokens, bundle, states, count, pixel_values)
+        flat = [caption for of_image in captions for caption in of_image]
+        ids = [torch.tensor([settings.decoder_start_token_id, *caption.tokens]) for caption in flat]
+        sequences = pad_sequence(ids, batch_first=True, padding_value=bundle.tokenizer.eos_token_id).to(states.device)
+        texts, given = [caption.text for caption in flat], flat[0].given
+        images = torch.arange(len(captions)).repeat_interleave(torch.tensor(list(map(len, captions))))
+        penalty = penalty if bundle.wishes.length_penalty is None else bundle.wishes.length_penalty
+    images, generated = images.to(states.device), sequences[:, 1:]
     chosen = []  # the tokens' log-probabilities
     for start in range(0, len(sequences), SCORED_TOGETHER):
         rows = slice(start, start + SCORED_TOGETHER)
-        of_image = torch.arange(len(sequences), device=states.device)[rows] // count
+        of_image = images[rows]
         logits = model(
             encoder_outputs=BaseModelOutput(states[of_image]), decoder_input_ids=sequences[rows, :-1], use_cache=False
         ).logits
         chosen += logits.float().log_softmax(-1).gather(2, generated[rows, :, None])[..., 0].tolist()
-    penalty = 1.0 if settings.length_penalty is None else settings.length_penalty
-    texts = decode(bundle.tokenizer, generated)
     found: list[dict[str, Caption]] = [{} for _ in range(len(states))]
-    for row, (text, ids, values) in enumerate(zip(texts, generated.tolist(), chosen, strict=True)):
+    for image, text, ids, values in zip(images.tolist(), texts, generated.tolist(), chosen, strict=True):
         end = settings.eos_token_id
         length = ids.index(end) + 1 if end in ids else len(ids)
-        score = math.fsum(values[:length]) / length**penalty
-        found[row // count].setdefault(text, Caption(text, score, ids[:length], values[:length]))
+        score = math.fsum(values[given:length]) / (length - given) ** penalty
+        found[image].setdefault(text, Caption(text, score, ids[:length], values[:length]))
     return [sorted(captions.values(), key=lambda caption: -caption.score) for captions in found]
 
 
@@ -137,12 +150,14 @@ def explain(
     pixels = Pixels(bundle.image_processor)
     values = pixels.normalise(torch.from_numpy(pixels(image))[None].to(bundle.model.device))
     states = bundle.model.encoder(pixel_values=values).last_hidden_state
-    captions = _search(bundle, states, alternatives)[0]
+    captions = _search(bundle, states, alternatives, values)[0]
     best = captions[0]
     rows, columns = patch_grid(states.shape[1], values.shape[-2:], bundle.model.encoder.config)
     attention = cross_attention(bundle, states, best.tokens, layers)[:, -rows * columns :]
     words = []
-    for text, tokens in words_of(bundle.tokenizer, best.tokens):
+    raw = words_of(bundle.tokenizer, best.tokens)
+    for text, first in wishes.shown([text for text, _ in raw], best.text):
+        tokens = raw[first][1]
         probability = math.exp(math.fsum(best.log_probabilities[i] for i in tokens))
         words.append(Word(text, probability, attention[tokens].mean(0).reshape(rows, columns)))
     return Explanation(best, words, captions, seen_region(bundle.image_processor, *image.size))

@@ -11,9 +11,16 @@ from typing import Any, TypeVar, cast
 import numpy as np
 import torch
 from PIL import Image
-from transformers import DynamicCache, EncoderDecoderCache, PreTrainedTokenizerBase, VisionEncoderDecoderModel
+from transformers import (
+    DynamicCache,
+    EncoderDecoderCache,
+    LogitsProcessorList,
+    PreTrainedTokenizerBase,
+    VisionEncoderDecoderModel,
+)
 
 from captioning import cli
+from captioning.model import constrain
 from captioning.model.captioner import Bundle
 
 
@@ -25,7 +32,13 @@ class _BeamCache(EncoderDecoderCache):
 
 
 @torch.no_grad()
-def generate_tokens(model: VisionEncoderDecoderModel, states: torch.Tensor, **settings) -> torch.Tensor:
+def generate_tokens(
+    model: VisionEncoderDecoderModel,
+    states: torch.Tensor,
+    prompt: Sequence[int] = (),
+    logits_processor: LogitsProcessorList | None = None,
+    **settings,
+) -> torch.Tensor:
     """What `model.generate` returns for an encoder's output, several times faster.
 
     The image's keys and values are computed once per image and not once per beam, and they are neither projected again
@@ -33,10 +46,12 @@ def generate_tokens(model: VisionEncoderDecoderModel, states: torch.Tensor, **se
 
     Args:
         states: (batch, encoder tokens, hidden size)
+        prompt: token ids that each caption begins with.
+        logits_processor: as in `model.generate`.
         settings: as in `model.generate`, such as `num_beams` and `max_new_tokens`.
 
     Returns:
-        Token ids, (batch * num_return_sequences, length), the start token first.
+        Token ids, (batch * num_return_sequences, length), the start token first, then `prompt`.
     """
     decoder: Any = model.decoder
     config = copy.deepcopy(model.generation_config)
@@ -48,10 +63,12 @@ def generate_tokens(model: VisionEncoderDecoderModel, states: torch.Tensor, **se
     decoder(input_ids=start, encoder_hidden_states=states, past_key_values=of_image, use_cache=True)
     of_image.cross_attention_cache.batch_repeat_interleave(max(config.num_beams or 1, config.num_return_sequences or 1))
     cache = _BeamCache(DynamicCache(config=decoder.config), of_image.cross_attention_cache)
+    start = torch.cat([start, start.new_tensor([*prompt]).expand(len(start), -1)], 1)
     return decoder.generate(
         start,
         attention_mask=torch.ones_like(start),
         generation_config=config,
+        logits_processor=logits_processor,
         encoder_hidden_states=states,
         past_key_values=cache,
     )
@@ -69,6 +86,9 @@ def generate(bundle: Bundle, pixel_values: torch.Tensor, **settings) -> list[str
         One caption per image, in order.
     """
     states = bundle.model.encoder(pixel_values=pixel_values).last_hidden_state
+    if bundle.wishes is not None:
+        found = constrain.search(generate_tokens, bundle, states, 1, pixel_values, **settings)
+        return [best.text for best, *_ in found]
     return decode(bundle.tokenizer, generate_tokens(bundle.model, states, **settings))
 
 
