@@ -22,10 +22,9 @@ from typing import TYPE_CHECKING, Any
 
 from captioning import InputError, cli
 from captioning.files import lock
-from captioning.training import arguments, resilience
+from captioning.training import arguments, flags, precision, resilience
 
 if TYPE_CHECKING:
-    import torch
     from transformers import Seq2SeqTrainingArguments, VisionEncoderDecoderModel
 
     from captioning.data.folder import Split
@@ -40,19 +39,26 @@ DEFAULT_MAX_LENGTH = 64  # of captions in folders that do not say
 
 def main(argv: list[str] | None = None) -> int:
     args, rest = arguments.read(argv)
+    flags.refuse_sharding(os.environ)
+    arguments.forget_what_nobody_asked()
     if os.environ.get("RANK", "0") == "0":
         cli.note(f"{args.data_path} -> {args.output_dir}; starting PyTorch")
     arguments.start_missing_processes(__file__, argv)
     training = arguments.training_arguments(args, rest)
+    computed_in = precision.settle(training, precision.asked(arguments.values(rest), os.environ), args.checkpoint())
     with resilience.explained(training), resilience.stoppable(training), only_run_in(args.output_dir, training):
-        code = train(args, training)
+        code = train(args, training, computed_in)
     if training.world_size > 1:
         resilience.leave(code)
     return code
 
 
-def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
-    """Everything between the arguments and the run folder."""
+def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, computed_in: str) -> int:
+    """Everything between the arguments and the run folder.
+
+    Args:
+        computed_in: the precision of matrix products, and its reason, for the log.
+    """
     from transformers import set_seed
 
     from captioning.data.folder import load_prepared
@@ -63,6 +69,8 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments) -> int:
 
     parts.quiet_transformers()
     say: Say = cli.note if training.process_index == 0 else lambda _: None
+
+    say(f"precision: {computed_in}; final scores in float32")
 
     # Data
     splits, description = load_prepared(args.data_path)
@@ -282,13 +290,6 @@ def when(args: arguments.Arguments, length: arguments.Length) -> str:
     return line
 
 
-def precision(training: Seq2SeqTrainingArguments) -> torch.dtype:
-    """What matrix products are computed in."""
-    import torch
-
-    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
-
-
 def cache_features(
     bundle: Bundle,
     datasets: Mapping[str, CaptionDataset],
@@ -301,7 +302,7 @@ def cache_features(
 
     bundle.to(training.device)
     folder, batch_size = args.data_path / ".features", training.per_device_eval_batch_size
-    cache = FeatureCache(bundle, folder, batch_size, say, precision(training))
+    cache = FeatureCache(bundle, folder, batch_size, say, precision.of(training))
     say(f"features: comparing images and encoder with what lies in {folder}")
     for name, dataset in datasets.items():
         with training.main_process_first(desc="features"):
@@ -335,7 +336,7 @@ def make_trainer(
     images = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     say(
         f"device: {training.device}, {training.world_size} process(es), "
-        f"{str(precision(training)).removeprefix('torch.')}; {images} images per update, "
+        f"{images} images per update, "
         f"{training.dataloader_num_workers} data worker(s) each; "
         f"captions {'packed per image' if packed else 'one per row'}"
     )

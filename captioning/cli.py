@@ -20,6 +20,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import re
 import sys
 import types
 import typing
@@ -121,7 +122,7 @@ def parse_known(
     namespace, rest = parser.parse_known_args(words)
     for word in rest:
         option = word.split("=")[0]
-        if word.startswith("-") and option not in known:
+        if word.startswith("-") and option not in known and not re.match(r"-\.?\d", word):  # a negative number
             parser.error(f"unknown flag {option}; {hint(option, known)}")
     if positional and rest and not getattr(namespace, positional):
         setattr(namespace, positional, rest)

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
 import functools
 import importlib.util
 import math
-import netrc
 import os
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,8 +23,7 @@ from typing import TYPE_CHECKING, Any
 from captioning import InputError, cli
 from captioning.cli import flag
 from captioning.files import refuse_links
-from captioning.scores.names import SCORE_NAMES
-from captioning.training import resilience
+from captioning.training import flags, precision, resilience
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -217,30 +214,6 @@ DEFAULTS: dict[str, Any] = {
     "seed": 0,
 }
 
-# Flags of Seq2SeqTrainingArguments that can have one value only, because every image is captioned and scored.
-FIXED = {
-    "predict_with_generate": True,
-    "remove_unused_columns": False,
-    "eval_do_concat_batches": True,
-    "batch_eval_metrics": False,
-    "dataloader_drop_last": False,
-}
-
-# Flags of Seq2SeqTrainingArguments, the least that each can be, and what it has to stay below.
-LIMITS = (
-    ("per_device_train_batch_size", 1, math.inf),
-    ("per_device_eval_batch_size", 1, math.inf),
-    ("gradient_accumulation_steps", 1, math.inf),
-    ("generation_num_beams", 1, math.inf),
-    ("generation_max_length", 1, math.inf),
-    ("dataloader_num_workers", 0, math.inf),
-    ("weight_decay", 0, math.inf),
-    ("label_smoothing_factor", 0, 1),
-    ("adam_beta1", 0, 1),
-    ("adam_beta2", 0, 1),
-    ("seed", 0, 2**32),
-)
-
 
 def read(argv: Sequence[str] | None) -> tuple[Arguments, list[str]]:
     """Our flags, and the words that are left for the Trainer's.
@@ -333,11 +306,17 @@ def training_arguments(args: Arguments, rest: Sequence[str]) -> Seq2SeqTrainingA
         InputError: a value cannot be, or cannot work here.
     """
     given = values(rest)
+    flags.refuse_words(given, os.environ)
+    wish = precision.asked(given, os.environ)
     own = [f"--output_dir={args.output_dir}"]
     if not given.keys() & {"--num_train_epochs", "--max_steps"}:
         own.append(f"--num_train_epochs={10 if args.epochs is None else args.epochs}")
     defaults = device_defaults() | saving_defaults(given)
-    defaults["bf16"] &= not given.keys() & {"--fp16", "--use_cpu"}
+    on_cpu = "--use_cpu" in given and given["--use_cpu"].lower() in precision.YES
+    if on_cpu:
+        defaults |= {"bf16": multiplies_in_bfloat16(), "dataloader_pin_memory": False}
+    if wish is not None:
+        defaults |= {kind: kind == wish.kind for kind in ("bf16", "fp16")}
     parser = trainer_parser()
     parser.set_defaults(**defaults)
     parser.error = _refuse
@@ -347,7 +326,8 @@ def training_arguments(args: Arguments, rest: Sequence[str]) -> Seq2SeqTrainingA
         raise InputError(" ".join(str(error).split())) from error
     if unused:
         raise InputError(f"'{unused[0]}' belongs to no flag")
-    check(training)
+    precision.refuse_float16(training, wish)
+    flags.check(training, given)
     if args.patience and training.eval_strategy == "no":
         raise InputError("--patience needs evaluations: leave it or --eval_strategy no out")
     for option, name in (("--eval_steps", "eval_strategy"), ("--save_steps", "save_strategy")):
@@ -387,6 +367,8 @@ def saving_defaults(given: Mapping[str, str]) -> dict[str, Any]:
         }
     if not (evaluating or saving):
         return {}
+    if not evaluating and saving == "best":  # which says what is saved, not when
+        evaluating = "steps" if by_steps else "epoch"
     defaults: dict[str, Any] = {"eval_strategy": evaluating or saving, "save_strategy": saving or evaluating}
     if "steps" in defaults.values():
         steps = float(by_steps or 0.1)  # of all updates, where it is below 1
@@ -427,67 +409,35 @@ def _refuse(message: str):
     raise InputError(message)
 
 
-def check(training: Seq2SeqTrainingArguments) -> None:
-    """Refuse what the Trainer would accept and stumble over later.
+def multiplies_in_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16; it is slower in it otherwise."""
+    import torch
 
-    Raises:
-        InputError: a value cannot be, or cannot work here.
-    """
-    for name, must in FIXED.items():
-        if getattr(training, name) != must:
-            raise InputError(f"--{name} {not must} cannot work here: every image is captioned and scored; leave it out")
-    for name, least, limit in LIMITS:
-        value = getattr(training, name)
-        if value is not None and not least <= value < limit:
-            reason = f"below {least}" if value < least else f"not between {least} and {limit}"
-            raise InputError(f"--{name} {value} is {reason}")
-    if training.max_steps < 1 and training.max_steps != -1:
-        raise InputError(f"--max_steps {training.max_steps} is below 1")
-    for name in ("learning_rate", "num_train_epochs"):
-        if not 0 < getattr(training, name) < math.inf:
-            raise InputError(f"--{name} {getattr(training, name):g} is not above 0 and finite")
-    metric = (training.metric_for_best_model or "loss").removeprefix("eval_")
-    if metric not in SCORE_NAMES:
-        raise InputError(f"--metric_for_best_model '{metric}' is not a score; choose from {', '.join(SCORE_NAMES)}")
-    for tracker in training.report_to or ():
-        if tracker in ("tensorboard", "wandb", "mlflow") and importlib.util.find_spec(tracker) is None:
-            raise InputError(f"--report_to {tracker} needs that package: pip install {tracker}")
-        if tracker == "wandb" and not _knows_wandb():
-            raise InputError("--report_to wandb needs a login: run 'wandb login', or set WANDB_MODE=offline")
-
-
-def _knows_wandb() -> bool:
-    """Whether Weights & Biases has a key, or needs none. Without one it would end in a traceback."""
-    if os.environ.get("WANDB_MODE") in ("offline", "disabled") or os.environ.get("WANDB_API_KEY"):
-        return True
-    with contextlib.suppress(OSError, netrc.NetrcParseError):
-        return any("wandb" in host for host in netrc.netrc().hosts)
-    return False
+    processor = torch.cpu.get_capabilities()
+    return bool(processor.get("amx_bf16") or processor.get("avx512_bf16"))
 
 
 def device_defaults() -> dict[str, Any]:
     """What depends on the machine: half precision and the number of data workers."""
     import torch
 
-    # On a CPU, bfloat16 pays only where the processor multiplies in it.
-    processor = torch.cpu.get_capabilities()
-    half_on_cpu = bool(processor.get("amx_bf16") or processor.get("avx512_bf16"))
     forced_to_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = max(1, min(8, (os.cpu_count() or 1) // (2 * processes)))
     on_cuda = torch.cuda.is_available() and not forced_to_cpu
     on_cpu = forced_to_cpu or not torch.accelerator.is_available()
+    on_gpu = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     return {
         # Said aloud, because the Trainer takes bfloat16 for a GPU's otherwise.
         "use_cpu": on_cpu,
-        "bf16": torch.cuda.is_bf16_supported(including_emulation=False) if on_cuda else on_cpu and half_on_cpu,
+        "bf16": on_gpu or (on_cpu and multiplies_in_bfloat16()),
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": True,
         "dataloader_pin_memory": on_cuda,
     }
 
 
-# ---- several processes on CPUs
+# ---- what accelerate's launcher was asked for
 
 
 def start_missing_processes(script: str, argv: Sequence[str] | None) -> None:
@@ -502,14 +452,14 @@ def start_missing_processes(script: str, argv: Sequence[str] | None) -> None:
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
     if not asked or {"RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):
         return
-    settings = _settings_of_accelerate()
-    if settings is None:
+    launch = _launch()
+    if launch is None:
         raise InputError(
             "accelerate was asked for several processes and starts one of them on CPUs; start them with "
             "'torchrun --nproc_per_node N train.py' instead"
         )
-    processes, machines, rank = settings
-    here = max(1, processes // machines)
+    machines, rank = int(launch("num_machines") or 1), int(launch("machine_rank") or 0)
+    here = max(1, int(launch("num_processes") or 1) // machines)
     launcher = ["-m", "torch.distributed.run", f"--nproc_per_node={here}"]
     if machines > 1:
         address = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
@@ -522,15 +472,31 @@ def start_missing_processes(script: str, argv: Sequence[str] | None) -> None:
     os.execv(sys.executable, [sys.executable, *launcher, str(Path(script).resolve()), *words])
 
 
-def _settings_of_accelerate() -> tuple[int, int, int] | None:
-    """Processes in all, machines, and this machine's rank, as `accelerate launch`, the parent process, was told."""
+def forget_what_nobody_asked() -> None:
+    """Take a precision out of the environment that accelerate's launcher put there for want of an answer.
+
+    It says "no" where neither its command line nor its config file names a precision. Then ours is the default.
+    """
+    if os.environ.get(precision.LAUNCHER, "").lower() != "no":
+        return
+    if (launch := _launch()) is not None and launch("mixed_precision") is None:
+        del os.environ[precision.LAUNCHER]
+
+
+def _launch() -> Callable[[str], Any] | None:
+    """What `accelerate launch`, above this process, was told: by its command line, else by its config file.
+
+    Returns:
+        A function of a setting's name, whose value is None where nobody gave it; None where there is no such process.
+    """
     import psutil
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
     from accelerate.commands.launch import launch_command_parser
 
+    names = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
     try:
-        words = psutil.Process(os.getppid()).cmdline()
-        names = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
+        above = (parent.cmdline() for parent in psutil.Process().parents())
+        words = next(line for line in above if any("accelerate" in word for word in line[:4]))
         begin = next(i for i, word in enumerate(words) if word.rpartition("/")[2] in names)
         args = launch_command_parser().parse_args(words[begin + 1 :])
     except (psutil.Error, StopIteration, SystemExit):
@@ -538,8 +504,8 @@ def _settings_of_accelerate() -> tuple[int, int, int] | None:
     file = args.config_file or (default_config_file if Path(default_config_file).is_file() and not args.cpu else None)
     config = load_config_from_file(file) if file else None
 
-    def setting(name: str, default: int) -> int:
+    def setting(name: str) -> Any:
         given = getattr(args, name)
-        return int(given if given is not None else getattr(config, name, None) or default)
+        return given if given is not None else getattr(config, name, None)
 
-    return setting("num_processes", 1), setting("num_machines", 1), setting("machine_rank", 0)
+    return setting

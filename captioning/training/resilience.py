@@ -32,18 +32,13 @@ GO_ON = "--resume_from_checkpoint auto"
 
 
 def damage(checkpoint: Path) -> str | None:
-    """What keeps a folder from being a checkpoint that was written to its end; None for a whole one.
-
-    What FSDP and DeepSpeed write into folders of their own is not looked into.
-    """
+    """What keeps a folder from being a checkpoint that was written to its end; None for a whole one."""
     try:
         if "global_step" not in read_json(checkpoint / STATE):
             return f"its {STATE} names no step"
-        files = sorted(checkpoint.iterdir())
+        files = sorted(file for file in checkpoint.iterdir() if file.is_file())
     except (InputError, OSError):
         return f"it has no whole {STATE}"
-    if any(file.is_dir() for file in files):
-        return None
     weights = [file for file in files if file.suffix == ".safetensors"]
     states = [file for file in files if re.fullmatch(r"(optimizer|scheduler|rng_state(_\d+)?)\.(pt|pth)", file.name)]
     for name, found in (("model", weights), ("optimizer", states), ("scheduler", states), ("rng_state", states)):

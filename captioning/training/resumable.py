@@ -177,13 +177,9 @@ class ResumableTrainer(Seq2SeqTrainer):
             super().save_model(output_dir, _internal_call)
 
     def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_from_checkpoint(resume_from_checkpoint, model)
         return self._restore(resume_from_checkpoint)
 
     def _load_best_model(self):
-        if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-            return super()._load_best_model()
         return self._restore(self.state.best_model_checkpoint)
 
     def _restore(self, checkpoint: str) -> None:
@@ -216,7 +212,9 @@ class Resumed(TrainerCallback, ExportableState):
         return {"data": hashlib.sha256(str(lengths).encode()).hexdigest()[:16], "parts": " and ".join(sorted(parts))}
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": self.recipe}
+        args = self.trainer.args
+        precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
+        return {"args": {}, "attributes": {**self.recipe, "precision": precision}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, saved = self.trainer, state.stateful_callbacks

@@ -16,7 +16,6 @@ import numpy as np
 import torch
 from torch.nn import functional
 from transformers import EarlyStoppingCallback, get_scheduler, set_seed
-from transformers.modeling_outputs import BaseModelOutput
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioning import InputError
@@ -376,11 +375,7 @@ class CaptionTrainer(ResumableTrainer):
         states = out.states[first_row_of_image]
         with torch.no_grad(), self.accelerator.autocast():
             settings = {**getattr(self, "_gen_kwargs", {}), **generation}
-            if self.is_fsdp_enabled or self.is_deepspeed_enabled:
-                # Parameters are spread over processes: all must go on until the last has finished.
-                tokens = self.model.generate(encoder_outputs=BaseModelOutput(states), synced_gpus=True, **settings)
-            else:
-                tokens = generate_tokens(self.bundle.model, states, **settings)
+            tokens = generate_tokens(self.bundle.model, states, **settings)
         return None, (tokens, summed, counted), image_id
 
     def _score(self, evaluation) -> dict[str, float]:
