@@ -128,7 +128,12 @@ class Arguments:
     port: int = flag(7860, PAGE, "where to listen")
     host: str = flag("127.0.0.1", PAGE, "where to listen (default: 127.0.0.1, this machine only)")
 
-    data_path: Path | None = flag(None, SCORE, "a folder of dataloader.py: caption one of its splits and score it")
+    data_path: list[Path] | None = flag(
+        None,
+        SCORE,
+        "a folder of dataloader.py, or all parts of --shard: caption one of its splits and score it",
+        metavar="DIR",
+    )
     split: str = flag("test", SCORE, "which of them", choices=("train", "validation", "test"))
     predictions: Path | None = flag(
         None, SCORE, "score these captions (COCO results format), without a model", metavar="FILE"
@@ -219,13 +224,13 @@ class Arguments:
                 check_target(file, f"--{name}")
         if not (self.predictions or self.compare) and "/" not in self.model_path and not Path(self.model_path).is_dir():
             raise InputError(f"--model_path '{self.model_path}' is not a folder; did you run train.py?")
+        if self.data_path:
+            cli.prepared_folders(self.data_path)
         if self.data_path and not self.compare:  # before hours of captioning: where the scores go
             beside = (self.predictions or self.output or Path(self.model_path, "any")).parent
             for pattern in ("scored_*.json", "*_per_image.json"):
                 for file in beside.glob(pattern):
                     check_target(file)
-        if self.data_path and not (self.data_path / "dataset.json").is_file():
-            raise InputError(f"--data_path '{self.data_path}' is not a folder of dataloader.py; did you run it?")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -479,13 +484,13 @@ def json_line(entry: dict[str, Any]) -> str:
 def score(args: Arguments) -> int:
     """Score a run folder, or a results file, on a split of `--data_path`."""
     from captioning.data.facts import more_scores
-    from captioning.data.folder import load_prepared
+    from captioning.data.folder import in_parts, load_prepared
     from captioning.scores import bootstrap, metrics
     from captioning.show import tables
     from captioning.show.run_folder import scores_of
 
     assert args.data_path is not None
-    splits, description = load_prepared(args.data_path)
+    splits, description = load_prepared(cli.prepared_folders(args.data_path))
     split = splits[args.split]
     references = dict(zip(split.image_id, split.captions, strict=True))
     # Names of their own: the run folder's results.json and predictions_test.json stay what train.py wrote.
@@ -496,12 +501,12 @@ def score(args: Arguments) -> int:
         predictions, settings = caption_split(split, args)
         folder = Path(args.model_path) if Path(args.model_path).is_dir() else Path()
         file = args.output or folder / f"scored_{args.split}_predictions.json"
-        results = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
-        write_json(file, results)
+        write_json(file, split.results(predictions))
         cli.note(f"captions written to {file}")
         target = file.with_name(f"scored_{args.split}_per_image.json")
     found = metrics.evaluate(predictions, references, more=more_scores(description["source"]))
-    each = [{"image_id": key, "caption": predictions[key], **values} for key, values in found.per_image().items()]
+    per_image = found.per_image()
+    each = [{**entry, **per_image[entry["image_id"]]} for entry in split.results(predictions)]
     write_json(target, sorted(each, key=lambda row: row["cider_d"]))
     cli.note(f"scores of each image, the worst first, written to {target}")
     scores = scores_of(found)
@@ -509,7 +514,7 @@ def score(args: Arguments) -> int:
         told: dict[str, Any] = {"protocol": found.protocol, "interval": bootstrap.PROTOCOL, "split": args.split}
         told |= {"data": description["source"], "decoding": settings}
         write_json(target.with_name(f"scored_{args.split}_results.json"), told | scores)
-    cli.note(f"{args.split} split, {len(split):,} images, {description['source']}; {found.protocol}")
+    cli.note(f"{args.split} split, {len(split):,} images, {description['source']}{in_parts(description)}; {found.protocol}")
     cli.note(f"in brackets: {bootstrap.PROTOCOL}; signature: {found.signature}")
     warn_of_monotony(list(predictions.values()), [references[image_id] for image_id in predictions])
     print(tables.scores({args.split: scores}))
@@ -524,7 +529,7 @@ def compare(args: Arguments) -> int:
     from captioning.show import compare, wording
 
     assert args.data_path is not None and args.compare is not None
-    splits, description = load_prepared(args.data_path)
+    splits, description = load_prepared(cli.prepared_folders(args.data_path))
     split = splits[args.split]
     references = dict(zip(split.image_id, split.captions, strict=True))
     names = compare.short_names(args.compare)
@@ -580,8 +585,9 @@ def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[s
 
     assert args.data_path is not None
     bundle = load_model(args)
-    of_data = parts.load_image_processor(args.data_path, "--data_path")
-    parts.refuse_small_images(of_data, bundle.image_processor, args.data_path, args.model_path, args.model_path)
+    folder = cli.prepared_folders(args.data_path)[0]  # parts have one image processor
+    of_data = parts.load_image_processor(folder, "--data_path")
+    parts.refuse_small_images(of_data, bundle.image_processor, str(folder), args.model_path, args.model_path)
     pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
     predictions = caption_all(bundle, pictures, len(split), args.split, args.batch_size)
     asked = args.wishes.settings() if args.wishes else {}

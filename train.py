@@ -4,6 +4,7 @@
     accelerate launch --multi_gpu train.py --data_path ./processed_data         # every GPU of the machine
     accelerate launch --num_processes 2 --cpu train.py --data_path ./processed_data
     python train.py --epochs 12 --per_device_train_batch_size 8                 # on drawn scenes, for a try
+    python train.py --data_path part-*                                          # the parts of dataloader.py --shard
 
 Writes the run folder: model, tokenizer, image processor, checkpoints, results.json, predictions_test.json,
 report.html, training_curves.png, gallery.png, README.md. The table of test scores goes to stdout.
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import bisect
 import contextlib
+import functools
 import itertools
 import math
 import os
@@ -42,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     flags.refuse_sharding(os.environ)
     arguments.forget_what_nobody_asked()
     if os.environ.get("RANK", "0") == "0":
-        cli.note(f"{args.data_path} -> {args.output_dir}; starting PyTorch")
+        cli.note(f"{args.data} -> {args.output_dir}; starting PyTorch")
     arguments.start_missing_processes(__file__, argv)
     training = arguments.training_arguments(args, rest)
     computed_in = precision.settle(training, precision.asked(arguments.values(rest), os.environ), args.checkpoint())
@@ -61,7 +63,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
     """
     from transformers import set_seed
 
-    from captioning.data.folder import load_prepared
+    from captioning.data.folder import in_parts, load_prepared
     from captioning.model import captioner, parts
     from captioning.scores import monotony
     from captioning.show import run_folder, tables
@@ -73,9 +75,15 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
     say(f"precision: {computed_in}; final scores in float32")
 
     # Data
-    splits, description = load_prepared(args.data_path)
+    folders = args.folders()
+    splits, description = load_prepared(folders)
     counts = ", ".join(f"{len(split):,} {name}" for name, split in splits.items())
-    say(f"data: {args.data_path}, {counts} images; {description['source']}")
+    say(f"data: {args.data}, {counts} images; {description['source']}{in_parts(description)}")
+    if len(folders) > 1:
+        say(
+            "copies of a picture were looked for in each part, not among the parts; "
+            "dataloader.py --data PART PART ... looks among all"
+        )
 
     # Model
     set_seed(training.seed)
@@ -85,7 +93,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
     length = arguments.length(training, len(splits["train"]))
     frozen = length.updates(max(args.freeze_encoder, args.cross_attention_epochs)) >= length.total
     configure(bundle.model, args, training, frozen)
-    limit_length(bundle, splits, training.generation_max_length, args.data_path, names["decoder"], say)
+    limit_length(bundle, splits, training.generation_max_length, args.data, names["decoder"], say)
     if not new and training.learning_rate != arguments.DEFAULTS["learning_rate"]:
         raise InputError(
             "--learning_rate is for parts that start from random weights, and here none does; give --encoder_lr, "
@@ -104,7 +112,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
         for name, split in splits.items()
     }
     if args.cache_features:
-        cache_features(bundle, datasets, args, training, say)
+        cache_features(bundle, datasets, args.augment, training, say)
 
     # Training
     trainer = make_trainer(bundle, datasets, rates, args, training, description["source"], say)
@@ -181,23 +189,24 @@ def open_captioner(
     """The captioner to train, which of its parameters have random values, and the names of its encoder and decoder."""
     from captioning.model import captioner, parts
 
-    of_data = parts.load_image_processor(args.data_path, "--data_path")
+    folder = args.folders()[0]  # the parts of a data set have one image processor, and one tokenizer
+    of_data = parts.load_image_processor(folder, "--data_path")
     if args.model_path:
         bundle = captioner.load(args.model_path)
-        parts.refuse_small_images(of_data, bundle.image_processor, args.data_path, args.model_path, args.model_path)
+        parts.refuse_small_images(of_data, bundle.image_processor, args.data, args.model_path, args.model_path)
         return bundle, set(), captioner.names_of(args.model_path)
     names = {part: getattr(args, part) or description[part] for part in ("encoder", "decoder")}
-    tokenizer = parts.load_tokenizer(args.data_path, "--data_path")
+    tokenizer = parts.load_tokenizer(folder, "--data_path")
     image_processor = of_data
     if names["encoder"] != description["encoder"]:
         image_processor = parts.load_image_processor(names["encoder"], whole=not description.get("center_crop"))
-        parts.refuse_small_images(of_data, image_processor, args.data_path, names["encoder"], names["decoder"])
+        parts.refuse_small_images(of_data, image_processor, args.data, names["encoder"], names["decoder"])
     if names["decoder"] not in (*parts.DECODER_PRESETS, description["decoder"]):
         # A pretrained decoder only understands its own token ids.
         theirs = parts.load_tokenizer(names["decoder"])
         if theirs.get_vocab() != tokenizer.get_vocab():
             raise InputError(
-                f"--decoder '{names['decoder']}' has another tokenizer than the data in '{args.data_path}', which was "
+                f"--decoder '{names['decoder']}' has another tokenizer than the data in '{args.data}', which was "
                 f"made for '{description['decoder']}'; run dataloader.py with --decoder '{names['decoder']}'"
             )
     model, new = captioner.assemble(names["encoder"], names["decoder"], tokenizer)
@@ -237,7 +246,7 @@ def configure(
 
 
 def limit_length(
-    bundle: Bundle, splits: Mapping[str, Split], asked: int | None, data_path: Path, decoder: str, say: Say
+    bundle: Bundle, splits: Mapping[str, Split], asked: int | None, data_path: str, decoder: str, say: Say
 ) -> None:
     """Let captions be as long as those of the training images are, all but one in a thousand, or as long as asked.
 
@@ -293,21 +302,31 @@ def when(args: arguments.Arguments, length: arguments.Length) -> str:
 def cache_features(
     bundle: Bundle,
     datasets: Mapping[str, CaptionDataset],
-    args: arguments.Arguments,
+    variants: int,
     training: Seq2SeqTrainingArguments,
     say: Say,
 ) -> None:
-    """Give every data set the frozen encoder's output, computed now or earlier, in the place of pixels."""
-    from captioning.training.features import FeatureCache
+    """Give every data set the frozen encoder's output, computed now or earlier, in the place of pixels.
+
+    It is kept with the images, so that each part of a data set has its own.
+
+    Args:
+        variants: of each training image.
+    """
+    from captioning.training.features import FeatureCache, Joined
 
     bundle.to(training.device)
-    folder, batch_size = args.data_path / ".features", training.per_device_eval_batch_size
-    cache = FeatureCache(bundle, folder, batch_size, say, precision.of(training))
-    say(f"features: comparing images and encoder with what lies in {folder}")
+    say("features: comparing images and encoder with what lies in .features beside the data")
     for name, dataset in datasets.items():
         with training.main_process_first(desc="features"):
-            variants = range(args.augment if dataset.augment else 1)
-            dataset.features = [cache.features(dataset, name, variant) for variant in variants]
+            asked = range(variants if variants and dataset.augment else 1)
+            of_parts = []
+            for folder, part in dataset.parts():
+                cache = FeatureCache(
+                    bundle, folder / ".features", training.per_device_eval_batch_size, say, precision.of(training)
+                )
+                of_parts.append([cache.features(part, name, variant) for variant in asked])
+            dataset.features = [Joined(own) for own in zip(*of_parts, strict=True)]
 
 
 def make_trainer(
@@ -328,6 +347,12 @@ def make_trainer(
     from captioning.training.trainer import CaptionTrainer, Patience
 
     references = {name: dict(zip(d.split.image_id, d.split.captions, strict=True)) for name, d in datasets.items()}
+
+    @functools.cache
+    def names() -> dict[int, str]:
+        splits = [dataset.split for dataset in datasets.values()]
+        return {image_id: name for split in splits for image_id, name in zip(split.image_id, split.names, strict=True)}
+
     packed = args.packing and can_pack(bundle.model)
     if args.packing and not packed:
         if args.self_critical_epochs:
@@ -364,6 +389,7 @@ def make_trainer(
         {"encoder": max(args.freeze_encoder, args.cross_attention_epochs), "decoder": args.cross_attention_epochs},
         self_critical,
         more_scores(source),
+        lambda image_id: names()[image_id],
         args=training,
         data_collator=Collator(bundle.model.config.decoder_start_token_id, bundle.tokenizer.pad_token_id, packed),
         train_dataset=datasets["train"],

@@ -20,11 +20,13 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
+import glob
 import re
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 from captioning import InputError
@@ -53,6 +55,27 @@ def debug_flag() -> Any:
     return flag(False, "other", "show the traceback of every error")
 
 
+def prepared_folders(words: Sequence[Path]) -> list[Path]:
+    """The folders of `dataloader.py` that `--data_path` names: each word is a folder, or a pattern of several.
+
+    Raises:
+        InputError: one is no such folder, or a pattern matches nothing.
+    """
+    folders: list[Path] = []
+    for word in words:
+        if word.exists() or not glob.has_magic(str(word)):
+            folders.append(word)
+            continue
+        matching = sorted(map(Path, glob.glob(str(word))))
+        if not matching:
+            raise InputError(f"--data_path '{word}' matches nothing; check the pattern")
+        folders += matching
+    for folder in folders:
+        if not (folder / "dataset.json").is_file():
+            raise InputError(f"--data_path '{folder}' is not a folder of dataloader.py; did you run it?")
+    return folders
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors are one sentence, without the usage of every flag above it."""
 
@@ -76,7 +99,8 @@ def build_parser(kind: type, description: str, **options) -> argparse.ArgumentPa
             groups[group] = parser.add_argument_group(group)
         default = field.default if field.default_factory is dataclasses.MISSING else field.default_factory()
         if default not in (None, [], "") and default is not False and "(default" not in options["help"]:
-            options["help"] += f" (default: {'on' if default is True else default})"
+            shown = " ".join(map(str, default)) if isinstance(default, list) else default
+            options["help"] += f" (default: {'on' if default is True else shown})"
         options["help"] = options["help"].replace("%", "%%")
         value = _value_type(hints[field.name])
         if value is bool:

@@ -346,17 +346,17 @@ REFUSED: dict[str, Row] = {
     "images that cannot be read": (
         "train",
         data(split("train", images_replaced(b"<html>404</html>"))),
-        rf"image \d+ of the prepared data cannot be read \(it looks like a web page, .*{AGAIN}",
+        rf"image \d+ \(.*\) of the prepared data cannot be read \(it looks like a web page, .*{AGAIN}",
     ),
     "images cut short": (
         "train",
         data(split("train", images_replaced(encoded(Image.new("RGB", (64, 64)))[:-30]))),
-        rf"image \d+ of the prepared data cannot be read .*{AGAIN}",
+        rf"image \d+ \(.*\) of the prepared data cannot be read .*{AGAIN}",
     ),
     "images that a data worker cannot read": (
         "train",
         data(split("train", images_replaced(b"GIF89a")), "--dataloader_num_workers=1"),
-        rf"train\.py: error: image \d+ of the prepared data cannot be read .*{AGAIN}",
+        rf"train\.py: error: image \d+ \(.*\) of the prepared data cannot be read .*{AGAIN}",
     ),
     # train.py: the run folder
     "an output that is a file": (

@@ -18,8 +18,10 @@ from pictures import assert_near, drawing, encoded, refusal
 from PIL import Image, ImageFile
 
 from captioning import InputError
-from captioning.data import images
+from captioning.data import choose, images
 from captioning.data.images import decode, open_image, read_bytes, to_rgb
+from captioning.data.recognise import recognise
+from captioning.data.tables import Wanted
 
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000")
 
@@ -34,6 +36,21 @@ def test_every_format_opens_as_rgb(kind, tmp_path):
     image = open_image(path)
     assert_near(image, drawing(), {"JPEG": 8, "WEBP": 8, "GIF": 3, "AVIF": 8}.get(kind, 0))
     assert_near(image, open_image(str(path)), 0)
+
+
+def test_heic_opens_where_its_plugin_is(tmp_path):
+    heif = pytest.importorskip("pillow_heif", reason="HEIC needs its plugin: pip install pillow-heif")
+    heif.register_heif_opener()
+    data = encoded(drawing().resize((96, 64)), "HEIF", quality=95)
+    (tmp_path / "Photo.HEIC").write_bytes(data)
+    (tmp_path / "photo.txt").write_text("a drawing")
+    assert_near(open_image(tmp_path / "Photo.HEIC"), drawing().resize((96, 64)), 12)
+    (record,) = recognise(str(tmp_path), Wanted(), tmp_path, tmp_path / "spool").pools[""]
+    kept = choose.prepare_image(record, 32)
+    assert decode(kept.data, "x").size == (48, 32) and record.captions == ("a drawing",)
+    for cut in (20, 300, len(data) // 2):
+        assert "damaged or cut short" in refusal(decode, data[:cut], "x")
+    assert "too large for a HEIF image" in refusal(decode, encoded(Image.new("RGB", (4100, 4100)), "HEIF"), "x")
 
 
 @pytest.mark.parametrize(

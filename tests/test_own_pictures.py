@@ -1,6 +1,5 @@
 """`--data PATH`: every form of one set of images gives the same rows; what is not known is refused in one sentence."""
 
-import shutil
 import unicodedata
 from collections import Counter
 
@@ -12,7 +11,6 @@ from httpserver import Server, body
 
 import dataloader
 from captioning import InputError
-from captioning.data.folder import load_prepared
 from captioning.data.recognise import recognise
 from captioning.data.tables import Wanted
 
@@ -76,7 +74,50 @@ def listed(entry):
     return make
 
 
+def by_key(content):
+    """A JSON object, from the images by number."""
+
+    def make(folder):
+        own.images(folder / "images", PICTURES[:6])
+        own.as_json(folder / "data.json", content(PICTURES[:6]))
+        return folder
+
+    return make
+
+
+def conversation(p):
+    said = [{"from": "human", "value": "<image>\nDescribe it."}, {"from": "gpt", "value": "a dog"}]
+    return {"id": p.number, "image": p.name, "conversations": said}
+
+
+def texts_in_another_case(folder):
+    own.images(folder, PICTURES[:6])
+    for p in PICTURES[:6]:
+        (folder / p.name).rename(folder / f"{p.name[:-4].title()}.JPG")
+        (folder / f"{p.name[:-4]}.TXT").write_text("a dog\n\n")
+    return folder
+
+
 ODD = {
+    "texts in another case": (texts_in_another_case, ["a dog"]),
+    "an object by stems": (
+        by_key(lambda own: {p.name[:-4]: ["a dog", "two dogs"] for p in own}),
+        ["a dog", "two dogs"],
+    ),
+    "an object of splits": (
+        by_key(
+            lambda own: {
+                "train": [{"image": p.name, "caption": "a dog"} for p in own[:5]],
+                "val": [{"image": p.name, "caption": "a dog"} for p in own[5:]],
+            }
+        ),
+        ["a dog"],
+    ),
+    "conversations": (listed(conversation), ["a dog"]),
+    "splits with a year": (
+        table("x.csv", "{name},a dog,train2014\n", "image,caption,split\n"),
+        ["a dog"],
+    ),
     "commas in the middle": (
         table("x.csv", "{name},a dog, running,train\n", "image,caption,split\n"),
         ["a dog, running"],
@@ -127,6 +168,7 @@ def two_tables(folder):
 
 A_DOG = table("x.csv", "{name},a dog\n", "image,caption\n")
 REFUSED = {
+    "a header alone": (table("x.csv", "", "image,caption\n"), {}, "give 'x.csv' the columns file_name and caption"),
     "nothing": (lambda folder: folder, {}, "found nothing.*put images there"),
     "images alone": (only_images, {}, r"found 3 \.jpg\); write the captions of 'scene_000\.jpg' to 'scene_000\.txt'"),
     "a sheet": (a_sheet, {}, r"found 3 \.jpg, 1 \.xlsx\); save 'captions\.xlsx' as CSV"),
@@ -246,60 +288,3 @@ def test_a_tar_cut_short_gives_what_came_before(tmp_path, capsys):
     found = recognise(str(tmp_path), Wanted(), tmp_path, tmp_path)
     assert 20 < len(found.pools[""]) < 40
     assert "is cut short" in capsys.readouterr().err
-
-
-# Parts of a data set
-
-
-@pytest.fixture(scope="module")
-def parts(tmp_path_factory):
-    """Two parts of a data set, and the whole of it."""
-    folder = tmp_path_factory.mktemp("parts")
-    data = own.FORMS["karpathy"](folder / "data", PICTURES)
-    for name, more in (("part-1", ["--shard=1/2"]), ("part-2", ["--shard=2/2"]), ("whole", [])):
-        dataloader.main([f"--data={data}", *TINY, *more, f"--save_path={folder / name}"])
-    dataloader.main([f"--data={data}", *TINY, "--shard=1/3", f"--save_path={folder / 'third'}"])
-    dataloader.main([f"--data={data}", *TINY, "--shard=2/2", "--max_length=9", f"--save_path={folder / 'short'}"])
-    return folder
-
-
-def test_parts_together_are_the_whole(parts):
-    splits, description = load_prepared([parts / "part-2", parts / "part-1"])
-    whole, expected = load_prepared(parts / "whole")
-    assert "shard" not in description and description == expected
-    for name, split in splits.items():
-        rows = {i: (split.file_name[n], split.captions[n]) for n, i in enumerate(split.image_id)}
-        assert rows == {
-            i: (whole[name].file_name[n], whole[name].captions[n]) for n, i in enumerate(whole[name].image_id)
-        }
-    assert (parts / "part-1" / "tokenizer.json").read_bytes() == (parts / "part-2" / "tokenizer.json").read_bytes()
-
-
-@pytest.mark.parametrize(
-    ("names", "message"),
-    [
-        (["part-1", "whole"], "whole' is not a part of a data set"),
-        (["part-1", "part-1"], "names a part twice"),
-        (["part-1", "third"], "parts of 2 divisions"),
-        (["part-1", "short"], "has max_length 9, and .* 64; prepare all parts with the same arguments"),
-    ],
-)
-def test_parts_that_do_not_belong_together_are_refused(names, message, parts):
-    with pytest.raises(InputError, match=message):
-        load_prepared([parts / name for name in names])
-
-
-def test_a_part_that_is_missing_is_named(parts, tmp_path):
-    for number in (1, 2):
-        shutil.copytree(parts / f"part-{number}", tmp_path / str(number))
-        file = tmp_path / str(number) / "dataset.json"
-        file.write_text(file.read_text().replace(f'"{number}/2"', f'"{number}/3"'))
-    with pytest.raises(InputError, match="part 3 of 3 is missing; prepare it with --shard 3/3"):
-        load_prepared([tmp_path / "1", tmp_path / "2"])
-
-
-@pytest.mark.parametrize("value", ["0/2", "3/2", "2", "a/b", "-1/2"])
-def test_a_part_that_cannot_be_is_refused(value, capsys):
-    with pytest.raises(SystemExit):
-        dataloader.main([f"--shard={value}", "--sample"])
-    assert f"--shard {value} is not a part such as 1/4" in capsys.readouterr().err

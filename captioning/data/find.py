@@ -74,11 +74,11 @@ class Finder:
         if self._by_name is None:
             self._by_name = {}
             for path in _images_below(self.roots):
-                self._by_name.setdefault(_plain(os.path.basename(path)), []).append(path)
+                self._by_name.setdefault(plain(os.path.basename(path)), []).append(path)
                 # Annotations may leave the ending out.
                 stem = os.path.splitext(os.path.basename(path))[0]
-                self._by_name.setdefault(_plain(stem), []).append(path)
-        found = self._by_name.get(_plain(os.path.basename(name)), [])
+                self._by_name.setdefault(plain(stem), []).append(path)
+        found = self._by_name.get(plain(os.path.basename(name)), [])
         if len(found) < 2:
             return found[0] if found else None
         scores = [(_agreement(path, name, hint), path) for path in found]
@@ -87,14 +87,14 @@ class Finder:
         return winners[0] if len(winners) == 1 else None
 
 
-def _plain(name: str) -> str:
+def plain(name: str) -> str:
     """A name as one of its many spellings."""
     return name.lower() if name.isascii() else unicodedata.normalize("NFC", name).casefold()
 
 
 def _agreement(path: str, name: str, hint: str) -> tuple[int, bool, bool]:
     """How many folders at the end are the same, whether the part's folder is on the way, and the same spelling."""
-    ours, theirs = (_plain(each).split("/")[::-1] for each in (path.replace(os.sep, "/"), name))
+    ours, theirs = (plain(each).split("/")[::-1] for each in (path.replace(os.sep, "/"), name))
     same = 0
     while same < min(len(ours), len(theirs)) and ours[same] == theirs[same]:
         same += 1

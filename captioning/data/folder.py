@@ -12,6 +12,7 @@ splits["train"].image(0), splits["train"].captions[0], splits["train"].labels(0)
 
 from __future__ import annotations
 
+import bisect
 import contextlib
 import hashlib
 import itertools
@@ -317,15 +318,16 @@ class Split:
 
     Args:
         rows: the columns of `processed_data/`, as `datasets.load_from_disk` gives them.
+        places: where they come from: folders, and how many rows of each, in order.
 
     Attributes:
         rows: the same; images stay encoded there: `{"bytes": bytes, "path": None}`.
     """
 
-    def __init__(self, rows: datasets.Dataset):
+    def __init__(self, rows: datasets.Dataset, places: Sequence[tuple[Path, int]] = ()):
         from datasets import Image
 
-        self.rows = rows.cast_column("image", Image(decode=False))
+        self.rows, self.places = rows.cast_column("image", Image(decode=False)), tuple(places)
         self._images = self.rows.select_columns("image")
         self._labels = self.rows.select_columns("labels")
 
@@ -334,7 +336,17 @@ class Split:
 
     def select(self, indices: Iterable[int]) -> Split:
         """The rows at `indices`, in that order."""
-        return Split(self.rows.select(indices))
+        indices = list(indices)
+        ends = list(itertools.accumulate(count for _, count in self.places))
+        own = itertools.groupby(indices, lambda index: bisect.bisect_right(ends, index)) if ends else ()
+        return Split(self.rows.select(indices), [(self.places[at][0], len(list(run))) for at, run in own])
+
+    def parts(self) -> Iterator[tuple[Path, Split]]:
+        """The rows of each folder that they come from, one after the other."""
+        start = 0
+        for folder, count in self.places:
+            yield folder, self.select(range(start, start + count))
+            start += count
 
     @cached_property
     def image_id(self) -> list[int]:
@@ -345,9 +357,27 @@ class Split:
         return self._list("file_name")
 
     @cached_property
+    def names(self) -> list[str]:
+        """What people are shown of each image: its file name, or where the data have none its number."""
+        if "file_name" not in self.rows.column_names:
+            return [f"image {image_id}" for image_id in self.image_id]
+        return [name or f"image {number}" for name, number in zip(self.file_name, self.image_id, strict=True)]
+
+    @cached_property
     def captions(self) -> list[list[str]]:
         """Every caption of each image, as the annotators wrote it."""
         return self._list("captions")
+
+    def results(self, predictions: Mapping[int, str]) -> list[dict[str, Any]]:
+        """Captions by image id in COCO's results format, with file names where the data have them.
+
+        Its readers look at `image_id` and `caption`, and pass over the rest.
+        """
+        entries: list[dict[str, Any]] = [{"image_id": each, "caption": predictions[each]} for each in self.image_id]
+        if "file_name" in self.rows.column_names:
+            for entry, name in zip(entries, self.file_name, strict=True):
+                entry["file_name"] = name
+        return entries
 
     def labels(self, index: int) -> list[list[int]]:
         """The token ids of each caption of an image; the last id of each is EOS."""
@@ -381,7 +411,7 @@ class Split:
 
         labels = [tokenise(chunk, tokenizer, max_length)[0] for chunk in self._chunks("captions")]
         column = Dataset(pyarrow.table({"labels": pyarrow.chunked_array(labels)}))
-        return Split(concatenate_datasets([self.rows.remove_columns("labels"), column], axis=1))
+        return Split(concatenate_datasets([self.rows.remove_columns("labels"), column], axis=1), self.places)
 
     def image(self, index: int) -> PIL.Image.Image:
         """An image in mode RGB.
@@ -390,6 +420,8 @@ class Split:
             InputError: its bytes are not those of an image that `captioning.data.images` opens.
         """
         name = f"image {self.image_id[index]}"
+        if (file_name := self.names[index]) != name:
+            name += f" ({file_name})"
         try:
             return images.to_rgb(images.decode(self.encoded(index), name), name)
         except images.ImageError as error:
@@ -421,34 +453,73 @@ def load_prepared(folders: Path | Sequence[Path]) -> tuple[dict[str, Split], dic
     Args:
         folders: one, or the parts that `--shard` made of a data set, in any order.
 
+    Returns:
+        The splits, with the rows of the parts one after the other, in the order of their numbers; and the description,
+        in which counts are those of all parts, and `parts` is their number.
+
     Raises:
         InputError: it is no such folder, or not whole; or the parts do not belong together, or one is missing.
     """
     folders = [folders] if isinstance(folders, Path) else list(folders)
-    parts = [_load_one(folder) for folder in folders]
-    descriptions = [description for _, description in parts]
-    if len(parts) == 1:
-        return {name: Split(rows) for name, rows in parts[0][0].items()}, descriptions[0]
-    _refuse_strangers(folders, descriptions)
+    loaded = [(folder, *_load_one(folder)) for folder in folders]
+    if len(loaded) == 1:
+        folder, own, description = loaded[0]
+        return {name: Split(rows, [(folder, len(rows))]) for name, rows in own.items()}, description
+    _refuse_strangers(folders, [description for _, _, description in loaded])
     from datasets import concatenate_datasets
 
-    in_order = sorted(range(len(parts)), key=lambda at: int(descriptions[at]["shard"].split("/")[0]))
-    splits = {split: Split(concatenate_datasets([parts[at][0][split] for at in in_order])) for split in SPLITS}
-    whole = {key: value for key, value in descriptions[in_order[0]].items() if key != "shard"}
+    loaded.sort(key=lambda part: _shard(part[2]))
+    splits = {}
+    for split in SPLITS:
+        rows = [(folder, own[split]) for folder, own, _ in loaded]
+        places = [(folder, len(each)) for folder, each in rows]
+        splits[split] = Split(concatenate_datasets([each for _, each in rows]), places)
+    _refuse_shared_images(splits)
+    descriptions = [description for _, _, description in loaded]
+    whole = {key: value for key, value in descriptions[0].items() if key != "shard"}
     whole["images"] = {split: len(rows) for split, rows in splits.items()}
     whole["captions_truncated"] = sum(description.get("captions_truncated", 0) for description in descriptions)
     dropped = sum((Counter(description.get("dropped", {})) for description in descriptions), Counter())
-    return splits, {**whole, "dropped": dict(sorted(dropped.items()))}
+    return splits, {**whole, "dropped": dict(sorted(dropped.items())), "parts": len(loaded)}
+
+
+def _shard(description: Mapping[str, Any]) -> tuple[int, int]:
+    """The number of a part, and of how many; (0, 0): it is none."""
+    shard = str(description.get("shard"))
+    if not re.fullmatch(r"\d{1,9}/\d{1,9}", shard):
+        return 0, 0
+    number, count = map(int, shard.split("/"))
+    return number, count
+
+
+def in_parts(description: Mapping[str, Any]) -> str:
+    """In which parts the data were read, such as ", 4 parts"; "" where they are whole."""
+    if "parts" in description:
+        return f", {description['parts']} parts"
+    number, count = _shard(description)
+    return f", part {number} of {count} alone" if count > 1 else ""
 
 
 def _refuse_strangers(folders: Sequence[Path], descriptions: Sequence[Mapping[str, Any]]) -> None:
     """Refuse folders that are not all parts of one data set."""
     first = descriptions[0]
-    shards = []
+    of_part: dict[tuple[int, int], Path] = {}
     for folder, description in zip(folders, descriptions, strict=True):
-        if not re.fullmatch(r"\d+/\d+", str(description.get("shard"))):
+        shard = _shard(description)
+        if shard == (0, 0):
             raise InputError(
                 f"--data_path '{folder}' is not a part of a data set; give it alone, or prepare parts with --shard"
+            )
+        if shard in of_part:
+            raise InputError(
+                f"--data_path names part {shard[0]} of {shard[1]} twice, '{of_part[shard]}' and '{folder}'; give each "
+                "part once"
+            )
+        of_part[shard] = folder
+        if shard[1] != _shard(first)[1]:
+            raise InputError(
+                f"--data_path '{folder}' is one of {shard[1]} parts, and '{folders[0]}' one of {_shard(first)[1]}; "
+                "give the parts of one division"
             )
         for key in sorted((set(first) | set(description)) - {"shard", "images", "captions_truncated", "dropped"}):
             if description.get(key) != first.get(key):
@@ -462,15 +533,25 @@ def _refuse_strangers(folders: Sequence[Path], descriptions: Sequence[Mapping[st
                 raise InputError(
                     f"'{folder / name}' differs from that of '{folders[0]}'; prepare all parts from the same data"
                 )
-        shards.append(tuple(map(int, str(description["shard"]).split("/"))))
-    parts = shards[0][1]
-    missing = sorted(set(range(1, parts + 1)) - {part for part, _ in shards})
-    if len(set(shards)) < len(shards) or any(count != parts for _, count in shards):
-        raise InputError(
-            f"--data_path names a part twice, or parts of {len(set(shards))} divisions; give each part once"
-        )
+    parts = _shard(first)[1]
+    missing = sorted(set(range(1, parts + 1)) - {part for part, _ in of_part})
     if missing:
-        raise InputError(f"part {missing[0]} of {parts} is missing; prepare it with --shard {missing[0]}/{parts}")
+        which = f"part {missing[0]} of {parts} is" if len(missing) == 1 else f"{len(missing)} of {parts} parts are"
+        flags = ", ".join(f"--shard {number}/{parts}" for number in missing[:10])
+        raise InputError(f"{which} missing from --data_path; prepare with {flags}, and name every part")
+
+
+def _refuse_shared_images(splits: Mapping[str, Split]) -> None:
+    """Refuse parts that number an image alike: they are of different data sets, or not of one division."""
+    place_of: dict[int, Path] = {}
+    for split in splits.values():
+        for folder, own in split.parts():
+            for image_id in own.image_id:
+                if place_of.setdefault(image_id, folder) is not folder:
+                    raise InputError(
+                        f"image {image_id} lies in '{place_of[image_id]}' and in '{folder}'; prepare all parts from "
+                        "the same data"
+                    )
 
 
 def _load_one(folder: Path) -> tuple[Mapping[str, datasets.Dataset], dict[str, Any]]:

@@ -11,6 +11,7 @@ import itertools
 import json
 import os
 import tarfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ from typing import Any
 
 from captioning import InputError, cli
 from captioning.data.annotations import inside
-from captioning.data.find import Finder
+from captioning.data.find import Finder, plain
 from captioning.data.images import SUFFIXES
 from captioning.data.records import Member, Record
 from captioning.data.tables import (
@@ -75,12 +76,21 @@ def sidecars(root: Path, files: Iterable[str]) -> Iterator[Item]:
         files: every file below `root`, with its path.
     """
     files = list(files)
-    texts = {file for file in files if file.lower().endswith(TEXTS)}
+    texts = {file: file for file in files if file.lower().endswith(TEXTS)}
+    # `photo.txt` also belongs to `Photo.JPG`, unless there is a `photo.jpg` that it is of.
+    alike: dict[str, list[str]] = {}
+    for text in texts:
+        alike.setdefault(plain(text), []).append(text)
+    several = Counter(plain(os.path.splitext(file)[0]) for file in files if not file.lower().endswith(TEXTS))
+    texts |= {name: own[0] for name, own in alike.items() if len(own) == 1 and name not in texts}
     for file in files:
         stem, suffix = os.path.splitext(file)
         if suffix.lower() not in SUFFIXES:
             continue
-        beside = next((text for end in TEXTS for text in (stem + end, file + end) if text in texts), None)
+        names = [name for end in TEXTS for name in (stem + end, file + end)]
+        if several[plain(stem)] == 1:
+            names += [plain(name) for name in names]
+        beside = next((texts[name] for name in names if name in texts), None)
         name = os.path.relpath(file, root).replace(os.sep, "/")
         captions = _captions_in(Path(beside)) if beside else []
         yield Item(name, captions, _split_of_folders(name), None, file)

@@ -192,7 +192,7 @@ def decode(data: bytes, name: str, *, min_side: int | None = None) -> Image.Imag
             )
         image.load()
         # `copy` too gives a plain image, free of the file's buffers and its decoder.
-        turn = _UPRIGHT.get(_orientation(exif or image.info.get("exif", b"")))
+        turn = _UPRIGHT.get(_orientation(exif or image.info.get("exif") or b""))
         upright = image.copy() if turn is None else image.transpose(turn)
         upright.info = {key: value for key, value in image.info.items() if key == "transparency"}
         return upright

@@ -26,7 +26,7 @@ from captioning import InputError, cli
 from captioning.data import forms, tables
 from captioning.data.choose import SPLITS
 from captioning.data.fetch import shown
-from captioning.data.find import Finder
+from captioning.data.find import Finder, plain
 from captioning.data.forms import Item
 from captioning.data.images import SUFFIXES
 from captioning.data.records import Record
@@ -135,8 +135,9 @@ def _folder(root: Path, wanted: Wanted, spool: Path) -> Parts:
         if described:
             return f"an ImageFolder ({metadata[0].name})", _table_items(described, root, finder), finder
     images = [file for file in tree.files if os.path.splitext(file)[1].lower() in SUFFIXES]
-    stems = {os.path.splitext(image)[0] for image in images} | set(images)
-    beside = [file for file in tree.files if file.lower().endswith(forms.TEXTS) and os.path.splitext(file)[0] in stems]
+    stems = {plain(os.path.splitext(image)[0]) for image in images} | set(map(plain, images))
+    texts = [file for file in tree.files if file.lower().endswith(forms.TEXTS)]
+    beside = [file for file in texts if plain(os.path.splitext(file)[0]) in stems]
     if beside and 2 * len(beside) >= len(images):
         return "images with a text beside each", forms.sidecars(root, tree.files), finder
     sidecars = set(beside)
@@ -178,6 +179,12 @@ def _nearest(tree: Tree) -> str:
     if sheets := tree.ending(".xlsx", ".xls", ".ods", ".numbers"):
         return f"save '{sheets[0].name}' as CSV with the columns file_name and caption"
     images = [Path(file).name for file in tree.files if os.path.splitext(file)[1].lower() in SUFFIXES]
+    written = [path for path in tree.ending(*TABLES) if not path.name.lower().startswith(NO_CAPTIONS)]
+    if written:
+        return (
+            f"give '{cli.printable(written[0].name)}' the columns file_name and caption, and a row for each image, or "
+            "name the columns that it has with --image_column and --caption_column"
+        )
     if images:
         name = cli.printable(images[0])
         return f"write the captions of '{name}' to '{os.path.splitext(name)[0]}.txt', and so on for the others"

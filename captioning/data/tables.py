@@ -231,24 +231,44 @@ def _is_image_name(text: str) -> bool:
 
 
 def read_json_table(path: Path, content: Any = None) -> Table | None:
-    """A list of objects, at the top or below a key; an object of captions by file name; a line for each object."""
+    """A list of objects, at the top or below a key; lists by split; captions by file name; a line for each object."""
     if content is None:
         content = load_json(path)
     if content is None:
         return None if not _looks_like_lines(path) else _json_lines(path)
     if isinstance(content, dict):
+        of_split = {key: rows for key, rows in content.items() if split_of_value(key) and isinstance(rows, list | dict)}
         for key in ("images", "annotations", "data", "samples", "items", "rows", "dataset", "results"):
             if isinstance(content.get(key), list):
                 content = content[key]
                 break
         else:
-            if not content or not all(map(_is_image_name, itertools.islice(content, SAMPLE))):
+            if of_split:
+                tables = [(key, read_json_table(path, rows)) for key, rows in of_split.items()]
+                content = [{**row, "split": key} for key, table in tables if table for row in table.rows()]
+            elif _is_by_name(content):
+                content = [{"file_name": name, "captions": own} for name, own in content.items()]
+            else:
                 return None
-            content = [{"file_name": name, "captions": own} for name, own in content.items()]
     if not content or not all(isinstance(row, dict) for row in content):
         return None
     names = dict.fromkeys(name for row in content[:SAMPLE] for name in row)
     return Table(path, list(names), lambda: content)
+
+
+def _is_by_name(content: dict[str, Any]) -> bool:
+    """Whether the keys are names of images, or their stems, and the values captions."""
+    some = list(itertools.islice(content.items(), SAMPLE))
+    if some and all(_is_image_name(name) for name, _ in some):
+        return True
+    # Settings too are words by name: captions have several words, names of images none but one.
+    captions = [captions_of(own) for _, own in some]
+    return (
+        len(some) > 2
+        and all(isinstance(own, str | list) for _, own in some)
+        and all(own and all(map(_has_words, own)) for own in captions)
+        and not any(re.search(r"\s", name) for name, _ in some)
+    )
 
 
 def load_json(path: Path) -> Any:
@@ -443,12 +463,17 @@ def _has_words(value: Any) -> bool:
 def captions_of(value: Any, tokens: bool = False) -> list[str]:
     """Every caption in a cell: a text, a list, an object with `raw` or `tokens`, or one of those written as text.
 
+    Of a conversation (`from` and `value`, or `role` and `content`, in turn) it is what the model answers.
+
     Args:
         tokens: a list of words is one caption.
     """
     if value is None:
         return []
     if isinstance(value, dict):
+        for speaker, said in (("from", "value"), ("role", "content")):
+            if speaker in value and said in value:
+                return captions_of(value[said]) if value[speaker] in ("gpt", "assistant") else []
         for key in ("raw", "caption", "text", "sentence", "comment", "captions"):
             if key in value:
                 return captions_of(value[key])
@@ -471,7 +496,7 @@ def captions_of(value: Any, tokens: bool = False) -> list[str]:
 
 def split_of_value(value: Any) -> str | None:
     """`train`, `validation` or `test` for what a cell says; None for other words."""
-    return SPLITS.get(str(value).strip().lower())
+    return SPLITS.get(re.sub(r"[\W\d_]+", "", str(value)).lower())
 
 
 def split_of_name(name: str) -> str | None:

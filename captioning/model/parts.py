@@ -363,7 +363,7 @@ def stored_side(image_processor) -> int:
     return max(resized_side(image_processor), round(input_side(image_processor) * 8 / 7))
 
 
-def refuse_small_images(of_data, image_processor, data_path: Path, encoder: str, decoder: str) -> None:
+def refuse_small_images(of_data, image_processor, data_path: str, encoder: str, decoder: str) -> None:
     """Refuse images that were stored for a smaller model.
 
     Args:

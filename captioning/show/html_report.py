@@ -227,7 +227,7 @@ def _examples(
     def cards(rows: Iterable[int]) -> list[dict[str, Any]]:
         return [
             {
-                "image_id": ids[row],
+                "name": split.names[row],
                 "picture": thumbnail(split.image(row)),
                 "caption": predictions[ids[row]],
                 "references": references[ids[row]],

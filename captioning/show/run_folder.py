@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from captioning.data.folder import in_parts
 from captioning.files import json_text, write_whole
 from captioning.scores import bootstrap
 from captioning.scores.names import SCORE_NAMES
@@ -55,7 +56,7 @@ class Run:
 
 def write(folder: Path, run: Run, test_split: Split) -> dict[str, Any]:
     """Write every file but the model's into `folder`, which exists; returns what `results.json` holds."""
-    captions = [{"image_id": image_id, "caption": run.predictions[image_id]} for image_id in test_split.image_id]
+    captions = test_split.results(run.predictions)
     write_whole(folder / "predictions_test.json", json_text(captions, indent=1) + "\n")  # COCO's results format
     results = results_of(run)
     write_whole(folder / "results.json", json_text(results, indent=2, default=str) + "\n")
@@ -64,6 +65,7 @@ def write(folder: Path, run: Run, test_split: Split) -> dict[str, Any]:
     items = [
         {
             "image": test_split.image(row),
+            "title": test_split.names[row],
             "caption": run.predictions[test_split.image_id[row]],
             "reference": test_split.captions[row][0],
         }
@@ -153,8 +155,8 @@ def model_card(results: Mapping[str, Any], name: str) -> str:
 
 # {title}
 
-Trained on {data["images"]["train"]:,} images ({data["source"]}). `report.html` shows its captions, `results.json` holds
-its settings.
+Trained on {data["images"]["train"]:,} images ({data["source"]}{in_parts(data)}). `report.html` shows its captions,
+`results.json` holds its settings.
 
 | test ({test["images"]:,} images) | | 95 % interval |
 |---|---:|---:|

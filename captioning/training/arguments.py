@@ -40,7 +40,13 @@ class Arguments:
         InputError: a value cannot be, or two flags exclude each other.
     """
 
-    data_path: Path = flag(Path("processed_data"), DATA, "what dataloader.py wrote")
+    data_path: list[Path] = flag(
+        [Path("processed_data")],
+        DATA,
+        "what dataloader.py wrote; several folders, or a pattern such as 'part-*', are the parts of --shard, read "
+        "together",
+        metavar="DIR",
+    )
     output_dir: Path = flag(Path("vit-gpt2-coco"), DATA, "the run folder to write")
     epochs: float | None = flag(None, DATA, "passes over the training images (default: 10)")
     resume_from_checkpoint: str | None = flag(
@@ -139,13 +145,25 @@ class Arguments:
                 raise InputError(f"'{cache}' is a link, and nothing is written through one; put a folder in its place")
             refuse_links(cache, "--data_path")
         self.checkpoint()
-        if not (self.data_path / "dataset.json").is_file():
-            raise InputError(f"--data_path '{self.data_path}' is not a folder of dataloader.py; did you run it?")
+        self.folders()
         if self.resume_from_checkpoint is None and any(self.output_dir.glob("checkpoint-*")):
             raise InputError(
                 f"--output_dir '{self.output_dir}' holds checkpoints of an earlier run; continue it with "
                 "--resume_from_checkpoint auto, remove the folder, or name another"
             )
+
+    def folders(self) -> list[Path]:
+        """The folders that `--data_path` names.
+
+        Raises:
+            InputError: one is no folder of dataloader.py.
+        """
+        return cli.prepared_folders(self.data_path)
+
+    @property
+    def data(self) -> str:
+        """`--data_path` as it was given."""
+        return " ".join(map(str, self.data_path))
 
     def checkpoint(self) -> Path | None:
         """The checkpoint to continue from, None to start anew.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -91,8 +92,8 @@ class CaptionDataset(torch.utils.data.Dataset):
         mirror: whether a variant may be mirrored, if no caption of the image says left or right.
 
     Attributes:
-        features: a frozen encoder's output for one or several variants, each (images, tokens, hidden size). Where there
-            are some, they are given in turn instead of pixels.
+        features: a frozen encoder's output for one or several variants, each (images, tokens, hidden size), an array
+            or `features.Joined`. Where there are some, they are given in turn instead of pixels.
     """
 
     def __init__(self, split, pixels: Pixels, augment: bool = False, seed: int = 0, mirror: bool = True):
@@ -101,7 +102,12 @@ class CaptionDataset(torch.utils.data.Dataset):
         self.augment = augment
         self.seed = seed
         self.mirror = mirror
-        self.features: Sequence[np.ndarray] = ()
+        self.features: Sequence[Any] = ()
+
+    def parts(self) -> Iterator[tuple[Path, CaptionDataset]]:
+        """The rows of each folder that they come from, with the same settings."""
+        for folder, split in self.split.parts():
+            yield folder, CaptionDataset(split, self.pixels, self.augment, self.seed, self.mirror)
 
     def __len__(self) -> int:
         return len(self.split)

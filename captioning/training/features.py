@@ -10,11 +10,13 @@ data is looked at before it is used, and nothing is written through a link.
 
 from __future__ import annotations
 
+import bisect
 import hashlib
+import itertools
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -29,6 +31,26 @@ from captioning.training.batches import AUGMENTATION, CaptionDataset
 
 DTYPE = np.dtype(np.float16)
 SAVE_EVERY = 16  # batches; what an interruption loses at most
+
+
+class Joined:
+    """The features of several parts as if they were one array; they stay where they lie.
+
+    Args:
+        parts: (images, tokens, hidden size) each.
+    """
+
+    def __init__(self, parts: Sequence[np.ndarray]):
+        self.parts = parts
+        self.ends = list(itertools.accumulate(map(len, parts)))
+
+    def __len__(self) -> int:
+        return self.ends[-1]
+
+    def __getitem__(self, index: int) -> np.ndarray:
+        """(tokens, hidden size) of one image."""
+        part = bisect.bisect_right(self.ends, index)
+        return self.parts[part][index - self.ends[part]]
 
 
 @dataclass(frozen=True)
@@ -86,6 +108,7 @@ class FeatureCache:
         if variant:
             may_mirror = list(map(dataset.may_mirror, dataset.split.captions))
             digest.update(json.dumps([AUGMENTATION, variant, dataset.seed, may_mirror]).encode())
+            digest.update(json.dumps(dataset.split.image_id).encode())  # which decide the variant of each
         encoder = self.bundle.model.encoder
         digest.update(encoder.config.to_json_string().encode())
         digest.update(json.dumps(self.bundle.image_processor.to_dict(), sort_keys=True, default=str).encode())

@@ -101,7 +101,7 @@ class Progress(TrainerCallback):
             lines = [f"epoch {logs['epoch']:g}  validation loss {logs['eval_loss']:.3f}  {'  '.join(shown)}"]
             said = self.trainer.predictions
             samples = sorted(said)[:: max(1, len(said) // SAMPLES)][:SAMPLES]  # the same ones every time
-            lines += [f"    image {image_id}: {printable(said[image_id])}" for image_id in samples]
+            lines += [f"    {printable(f'{self.trainer.name_of(image_id)}: {said[image_id]}')}" for image_id in samples]
             # At first every model says the same of all images.
             if not self.warned and 2 * state.global_step >= state.max_steps:
                 references = [self.trainer.references[image_id] for image_id in said]

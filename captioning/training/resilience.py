@@ -17,7 +17,7 @@ import signal
 import sys
 import threading
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NoReturn
 
@@ -124,10 +124,14 @@ class LossWatch:
 
     Each loss is copied to the host behind the work that is queued, and looked at when the next one comes: by then the
     device is busy with that one. `check` looks at the last one now, as is due before anything is kept of it.
+
+    Attributes:
+        name_of: what people are shown of an image, from its id.
     """
 
     def __init__(self):
         self._last = None
+        self.name_of: Callable[[int], str] = "image {}".format
 
     def __call__(self, loss, step: int, image_id) -> None:
         """
@@ -160,9 +164,9 @@ class LossWatch:
         if value.isfinite():
             return
         ids = image_id.tolist()
-        shown = ", ".join(map(str, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
+        shown = ", ".join(map(self.name_of, ids[:16])) + (f" and {len(ids) - 16} more" if len(ids) > 16 else "")
         raise InputError(
-            f"the loss became {value.item()} at step {step}, with images {shown}; lower --learning_rate, "
+            f"the loss became {value.item()} at step {step}, with {shown}; lower --learning_rate, "
             f"or train without --fp16, and go on with {GO_ON}"
         )
 

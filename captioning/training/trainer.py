@@ -96,6 +96,7 @@ class CaptionTrainer(ResumableTrainer):
         waiting: epochs at the start of training in which a part keeps its weights while the others move.
         self_critical: for the last epochs of training.
         more_scores: of one caption besides the official scores, by name; that of a split is their mean.
+        name_of: what people are shown of an image, from its id.
         kwargs: those of `Seq2SeqTrainer`.
 
     Attributes:
@@ -115,6 +116,7 @@ class CaptionTrainer(ResumableTrainer):
         waiting: Mapping[str, float] | None = None,
         self_critical: SelfCritical | None = None,
         more_scores: Mapping[str, Score] | None = None,
+        name_of: Callable[[int], str] = "image {}".format,
         **kwargs,
     ):
         super().__init__(model=bundle.model, processing_class=bundle.tokenizer, compute_metrics=self._score, **kwargs)
@@ -126,6 +128,7 @@ class CaptionTrainer(ResumableTrainer):
         self.waiting = dict(waiting or {})
         self.self_critical = self_critical
         self.more_scores = dict(more_scores or {})
+        self.name_of = self.losses.name_of = name_of
         self.learning_rates = {part: learning_rates.get(part, self.args.learning_rate) for part in PARTS}
         self.projection = LabelledProjection(bundle.model.get_output_embeddings())
         self.predictions: dict[int, str] = {}
