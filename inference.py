@@ -514,7 +514,9 @@ def score(args: Arguments) -> int:
         told: dict[str, Any] = {"protocol": found.protocol, "interval": bootstrap.PROTOCOL, "split": args.split}
         told |= {"data": description["source"], "decoding": settings}
         write_json(target.with_name(f"scored_{args.split}_results.json"), told | scores)
-    cli.note(f"{args.split} split, {len(split):,} images, {description['source']}{in_parts(description)}; {found.protocol}")
+    cli.note(
+        f"{args.split} split, {len(split):,} images, {description['source']}{in_parts(description)}; {found.protocol}"
+    )
     cli.note(f"in brackets: {bootstrap.PROTOCOL}; signature: {found.signature}")
     warn_of_monotony(list(predictions.values()), [references[image_id] for image_id in predictions])
     print(tables.scores({args.split: scores}))

@@ -139,13 +139,13 @@ class Arguments:
         if any(folder.is_file() for folder in self.output_dir.absolute().parents):
             raise InputError(f"--output_dir '{self.output_dir}' lies below a file; name another folder")
         refuse_links(self.output_dir, "--output_dir")
-        if self.cache_features:
-            cache = self.data_path / ".features"
-            if cache.is_symlink():
-                raise InputError(f"'{cache}' is a link, and nothing is written through one; put a folder in its place")
-            refuse_links(cache, "--data_path")
         self.checkpoint()
-        self.folders()
+        for folder in self.folders():
+            cache = folder / ".features"
+            if self.cache_features and cache.is_symlink():
+                raise InputError(f"'{cache}' is a link, and nothing is written through one; put a folder in its place")
+            if self.cache_features:
+                refuse_links(cache, "--data_path")
         if self.resume_from_checkpoint is None and any(self.output_dir.glob("checkpoint-*")):
             raise InputError(
                 f"--output_dir '{self.output_dir}' holds checkpoints of an earlier run; continue it with "
