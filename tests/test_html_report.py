@@ -106,7 +106,8 @@ def test_best_and_worst_are_those_by_cider(made):
     page = html_report.report_page(results, history, split, mixed)
     parts = re.split(r"<h3>(The best|The worst|Unchosen)</h3>", page)
     named = zip(parts[1::2], parts[2::2], strict=True)
-    ids = {name: list(map(int, re.findall(r"image (\d+)</p>", part))) for name, part in named}
+    of_name = dict(zip(split.file_name, split.image_id, strict=True))
+    ids = {name: [of_name[each] for each in re.findall(r"<bdi>([^<]*)</bdi></p>", part)[:6]] for name, part in named}
     assert set(ids["The best"]) <= set(good) and not set(ids["The worst"]) & set(good)
     assert [len(found) for found in ids.values()] == [6, 6, 6]
     scores = coco_scores(mixed, references, per_image=True)[1]
