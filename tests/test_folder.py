@@ -88,7 +88,8 @@ def test_an_image_that_is_none_is_named_and_starts_nothing(content, reason, tmp_
     split = Split(rows([encoded(), content]))
     with pytest.raises(InputError) as refused:
         split.image(1)
-    assert str(refused.value) == f"image 101 (1.jpg) of the prepared data cannot be read ({reason}); run dataloader.py again"
+    name = "image 101 (1.jpg) of the prepared data"
+    assert str(refused.value) == f"{name} cannot be read ({reason}); run dataloader.py again"
     assert not started.exists()
     if content == EPS:
         with pytest.raises(OSError):
