@@ -64,7 +64,9 @@ def refuse_special(path: Path) -> None:
     """
     kind = path.stat().st_mode
     if not stat.S_ISREG(kind):
-        raise InputError(f"'{path}' is {'a folder' if stat.S_ISDIR(kind) else 'not a regular file'}; get it again")
+        if stat.S_ISDIR(kind):
+            raise InputError(f"cannot read '{path}': Is a directory")
+        raise InputError(f"'{path}' is not a regular file; get it again")
 
 
 def read_json(path: Path, remedy: str = "correct the file", most: int = MOST_BYTES, finite: bool = False) -> Any:
@@ -91,7 +93,7 @@ def read_json(path: Path, remedy: str = "correct the file", most: int = MOST_BYT
     except RecursionError:
         deep = True
     if deep:
-        raise InputError(f"'{path}' is not a JSON file that is read here: it is nested too deep; {remedy}")
+        raise InputError(f"'{path}' is not a JSON file for here (a recursion of more than {DEEPEST} levels); {remedy}")
     return content
 
 

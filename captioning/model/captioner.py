@@ -31,19 +31,24 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from captioning import InputError
+from captioning.cli import note
 from captioning.files import check_target, read_json, remove
+from captioning.model.limits import decoding_schema, decoding_settings
 from captioning.model.parts import (
     BUNDLE_HINT,
     DECODER_PRESETS,
     ENCODER_PRESETS,
     Pixels,
+    brief,
     decoder_config,
     encoder_config,
+    literal,
     load_image_processor,
     load_tokenizer,
     preset_config,
     read_config,
     refuse_other_kinds,
+    refusing,
     resolve,
     save_tokenizer,
 )
@@ -53,6 +58,7 @@ from captioning.model.wishes import Wishes
 # What makes any GPT-2 faster: no dropout on the attention weights, which rules out the fused kernels (the dropout after
 # each layer stays), and gelu_new as one kernel instead of eight, under the name that it has in PyTorch.
 FASTER: dict[str, Any] = {"attn_pdrop": 0.0, "activation_function": "gelu_pytorch_tanh"}
+SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # How captions are decoded unless told otherwise.
 DECODING = {"num_beams": 3, "max_new_tokens": 40}
 
@@ -124,7 +130,7 @@ def give_patch_states(encoder: Any, what: str) -> None:
     try:
         with torch.no_grad():
             states = encoder.eval()(pixel_values=blank_image(encoder.config))[0]
-    except (TypeError, ValueError, RuntimeError, AttributeError, IndexError):
+    except Exception:  # whatever a model of another kind makes of pixels
         raise refusal from None
     finally:
         encoder.train(training)
@@ -146,14 +152,15 @@ def refuse_misfit(encoder: Any, image_processor: Any, what: str) -> None:
     try:
         pixels = Pixels(image_processor)
         shape = pixels.normalise(torch.from_numpy(pixels(Image.new("RGB", (64, 48))))[None]).shape
-    except (ValueError, TypeError, KeyError, IndexError, AttributeError, RuntimeError, OverflowError) as error:
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{what} has a preprocessor_config.json that cannot be used ({reason}); correct it") from None
+    except Exception as error:  # whatever an image processor makes of settings that cannot be
+        raise InputError(
+            f"{what} has a preprocessor_config.json that cannot be used ({brief(error)}); correct it"
+        ) from None
     training, device = encoder.training, next(encoder.parameters()).device
     try:
         with torch.no_grad():
-            encoder.eval()(pixel_values=torch.zeros(shape, device=device))
-    except (ValueError, RuntimeError, TypeError, IndexError):
+            states = encoder.eval()(pixel_values=torch.zeros(shape, device=device))[0]
+    except Exception:  # whatever an encoder makes of pixels that it does not take
         side = getattr(encoder.config, "image_size", None)
         raise InputError(
             f"{what} has a preprocessor_config.json for {shape[2]}x{shape[3]} pixels, which its model does not take"
@@ -162,6 +169,8 @@ def refuse_misfit(encoder: Any, image_processor: Any, what: str) -> None:
         ) from None
     finally:
         encoder.train(training)
+    if device.type != "meta" and not torch.isfinite(states).all():
+        raise InputError(f"{what} computes numbers that are not finite; copy it again or name another")
 
 
 def check_parts(encoder: str, decoder: str, image_processor: Any) -> None:
@@ -176,7 +185,10 @@ def check_parts(encoder: str, decoder: str, image_processor: Any) -> None:
         return
     config = read_config(folder, "--encoder")
     config = config.encoder if config.model_type == "vision-encoder-decoder" else encoder_config(folder, "--encoder")
-    with torch.device("meta"):
+    with (
+        refusing(literal(f"--encoder '{encoder}'") + " has a config.json that no model can be built of: {reason}"),
+        torch.device("meta"),
+    ):
         blank = AutoModel.from_config(config)
     refuse_misfit(blank, image_processor, f"--encoder '{encoder}'")
 
@@ -326,13 +338,63 @@ def load(path: str | os.PathLike) -> Bundle:
     config = read_config(folder, "--model_path")
     if config.model_type != "vision-encoder-decoder":
         raise InputError(f"--model_path '{path}' is a {config.model_type}, not an image captioner; {BUNDLE_HINT}")
-    model, _ = load_weights(VisionEncoderDecoderModel, folder, config, f"--model_path '{path}'")
+    what = f"--model_path '{path}'"
+    tokenizer = load_tokenizer(folder, "--model_path")
+    decoding = _decoding(folder, config, tokenizer, what)
+    model, _ = load_weights(VisionEncoderDecoderModel, folder, config, what, generation_config=decoding)
     give_patch_states(model.encoder, f"the encoder of --model_path '{path}'")
     ignore_own_generation(model)
-    tokenizer = load_tokenizer(folder, "--model_path")
     image_processor = load_image_processor(folder, "--model_path")
-    refuse_misfit(model.encoder, image_processor, f"--model_path '{path}'")
+    refuse_misfit(model.encoder, image_processor, what)
+    _refuse_mute(model, tokenizer, what)
     return Bundle(model.eval(), tokenizer, image_processor)
+
+
+def _decoding(folder: Path, config: Any, tokenizer: PreTrainedTokenizerBase, what: str) -> GenerationConfig:
+    """How a captioner's folder says that captions are generated, as far as it is used here.
+
+    Special tokens that it does not say, or that its model does not have, are those of its tokenizer.
+    """
+    file = folder / "generation_config.json"
+    content = read_json(file if file.exists() else folder / "config.json")
+    vocabulary = getattr(config.decoder, "vocab_size", None)
+    positions = getattr(config.decoder, "max_position_embeddings", None)
+    if not isinstance(vocabulary, int) or not isinstance(positions, int):
+        raise InputError(f"{what} has a decoder, {config.decoder.model_type}, that does not generate text")
+    if not file.exists():  # as in folders of old
+        content = {name: content[name] for name in decoding_schema(vocabulary, positions) if name in content}
+    unknown = {name: content[name] for name in SPECIAL if type(content.get(name)) is int}
+    unknown = {name: token for name, token in unknown.items() if not 0 <= token < vocabulary}
+    content = {name: value for name, value in content.items() if name not in unknown}
+    settings, dropped = decoding_settings(content, vocabulary, positions, what)
+    dropped = sorted({*dropped, *unknown})
+    if dropped:
+        note(f"{what}: generation_config.json says {', '.join(dropped)[:200]}, which is not used here; left out")
+    for name in ("decoder_start_token_id", *SPECIAL):
+        for token in (getattr(config, name, None), getattr(tokenizer, name, None)):
+            if name not in settings and type(token) is int and 0 <= token < vocabulary:
+                settings[name] = token
+    start = next((settings[name] for name in SPECIAL if name in settings), None)
+    if not isinstance(settings.setdefault("decoder_start_token_id", start), int):
+        raise InputError(f"{what} does not say decoder_start_token_id in its generation_config.json; add it")
+    with refusing(literal(what) + " has a generation_config.json that cannot be used ({reason}); correct it"):
+        return GenerationConfig(**settings)
+
+
+@torch.no_grad()
+def _refuse_mute(model: VisionEncoderDecoderModel, tokenizer: PreTrainedTokenizerBase, what: str) -> None:
+    """Refuse a captioner that cannot say a word: its decoder fails, or its settings do not go together."""
+    vocabulary = model.decoder.config.vocab_size
+    if any(token is not None and token >= vocabulary for token in (tokenizer.eos_token_id, tokenizer.pad_token_id)):
+        raise InputError(f"{what} has a tokenizer for more tokens than its model has ({vocabulary:,}); copy its own")
+    with refusing(literal(what) + " cannot caption ({reason}); name another"):
+        states = BaseModelOutput(last_hidden_state=torch.zeros(1, 2, model.encoder.config.hidden_size))
+        start = torch.tensor([[model.generation_config.decoder_start_token_id]])
+        logits = model.eval()(encoder_outputs=states, decoder_input_ids=start).logits
+        if not torch.isfinite(logits).all():
+            raise InputError(f"{what} computes numbers that are not finite; copy it again or name another")
+        net: Any = model
+        net.generate(encoder_outputs=states, max_new_tokens=1, max_length=None)
 
 
 def _named_as_before(model: VisionEncoderDecoderModel) -> dict[str, torch.Tensor]:

@@ -6,11 +6,12 @@ hub.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 from transformers import (
+    CONFIG_MAPPING,
     AutoConfig,
     AutoImageProcessor,
     AutoTokenizer,
@@ -30,7 +32,11 @@ from transformers.utils import logging as transformers_logging
 
 from captioning import InputError
 from captioning.cli import note
-from captioning.files import is_full_disk, write_whole
+from captioning.files import is_full_disk, read_json, write_whole
+from captioning.model.limits import check_files, check_processor, check_sides, read_settings
+
+MOST_TOKENS = 4_000_000  # of a tokenizer
+MOST_SIDE = 4096  # pixels, of what an encoder sees
 
 ENCODER_PRESETS: dict[str, dict[str, Any]] = {
     # A Mix Transformer (SegFormer's encoder, https://arxiv.org/abs/2105.15203) of 36 tokens of 10 px, 0.2 M parameters,
@@ -126,6 +132,7 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
     """
     folder = Path(name)
     if folder.is_dir():
+        check_files(folder, f"{what} '{name}'")
         return folder
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
         raise InputError(f"{what} '{name}' is not a folder, and not an id on the Hugging Face hub either")
@@ -145,7 +152,10 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
         folder = fetch("*.json", "*.txt", *(["*.safetensors"] if weights else []))
         if weights and not any(folder.glob("*.safetensors")):
             folder = fetch("*.json", "*.txt", "pytorch_model*.bin")
+        check_files(folder, f"{what} '{name}'")
         return folder
+    except InputError:
+        raise
     except (OSError, ValueError, RuntimeError, HTTPError) as error:
         if is_full_disk(error):
             raise
@@ -168,16 +178,59 @@ def _why_not_fetched(error: Exception, remedy: str) -> str:
 
 
 def read_config(folder: Path, what: str):
-    path = folder / "config.json"
+    """The configuration of a model folder, of the class that its `model_type` names.
+
+    Raises:
+        InputError: there is none, it cannot be, or it asks for code or for other packages.
+    """
+    name = f"{what} '{folder}'"
+    settings = read_settings(folder, name)
+    kind = settings.get("model_type")
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-        if "auto_map" in raw:
-            raise InputError(f"{what} '{folder}' asks to run code of its own (auto_map), which is never done")
-        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    except OSError:
-        raise InputError(f"{what} '{folder}' has no config.json; it is not a model folder") from None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{what} '{folder}' has a config.json that transformers cannot use: {error}") from None
+        if isinstance(kind, str) and kind in CONFIG_MAPPING:
+            config = CONFIG_MAPPING[kind].from_dict(settings)
+        else:  # of old, without a type; or none that is known
+            config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # whatever the class of a configuration makes of settings that cannot be
+        raise InputError(f"{name} has a config.json that transformers cannot use: {brief(error)}") from None
+    check_sides(config, name)
+    for part in ("encoder", "vision_config"):
+        check_sides(getattr(config, part, None), name)
+    return config
+
+
+def brief(error: BaseException) -> str:
+    """What an error of a library says, in one line."""
+    said = " ".join(str(error).split())
+    return (said if len(said) <= 300 else said[:297] + "...") or type(error).__name__
+
+
+@contextlib.contextmanager
+def refusing(message: str) -> Iterator[None]:
+    """Turn whatever a library raises in the block into an InputError with that message, and the reason behind it.
+
+    It is for what is built of a stranger's files only, where a list of what may be raised is never whole.
+
+    Raises:
+        InputError: something was raised. A full disk and Ctrl-C are what they are.
+    """
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:
+        if is_full_disk(error):
+            raise
+        raise InputError(message.format(reason=brief(error))) from None
+    except BaseException as error:
+        if type(error).__name__ != "PanicException":  # of libraries in Rust
+            raise
+        raise InputError(message.format(reason=brief(error))) from None
+
+
+def literal(text: str) -> str:
+    """`text` for `refusing`, braces and all."""
+    return text.replace("{", "{{").replace("}", "}}")
 
 
 def encoder_config(folder: Path, what: str):
@@ -243,11 +296,16 @@ def load_tokenizer(name: str | os.PathLike, what: str = "--decoder") -> PreTrain
     GPT-2 has none; padding is masked by length everywhere here, so that its end-of-text token can serve.
     """
     folder = resolve(name, what, weights=False)
-    try:
+    with refusing(literal(f"{what} '{name}'") + " has no usable tokenizer ({reason})"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise InputError(f"{what} '{name}' has no usable tokenizer ({str(error).splitlines()[0]})") from None
-    if not tokenizer("a dog", add_special_tokens=False)["input_ids"]:
+        tokens = tokenizer("a dog", add_special_tokens=False)["input_ids"]
+        if not all(isinstance(token, int) and 0 <= token < MOST_TOKENS for token in (*tokens, len(tokenizer))):
+            raise ValueError(f"its tokens have numbers such as {tokens[:2]}")
+        tokenizer.decode(tokens, skip_special_tokens=True)
+        for token in (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id):
+            if token is not None and not 0 <= token < MOST_TOKENS:
+                raise ValueError(f"a special token has number {token}")
+    if not tokens:
         # Without its files transformers makes an empty one from config.json, and every caption would be empty.
         raise InputError(
             f"{what} '{name}' has no usable tokenizer (it knows no words); copy the tokenizer's files there"
@@ -316,13 +374,12 @@ def load_image_processor(encoder: str | os.PathLike, what: str = "--encoder", wh
         side = int(preset_config(str(encoder)).image_size)  # presets are square
         return ViTImageProcessorPil(size={"height": side, "width": side}, resample=3)
     folder = resolve(encoder, what, weights=False)
-    try:
+    check_processor(folder, f"{what} '{encoder}'")
+    with refusing(literal(f"{what} '{encoder}'") + " has no usable preprocessor_config.json ({reason})"):
         image_processor = _dinov3_without_torchvision(folder) or AutoImageProcessor.from_pretrained(
             folder, backend="pil", trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, TypeError, ImportError) as error:
-        reason = " ".join(str(error).split()) or f"{type(error).__name__}; it may need a package that is not here"
-        raise InputError(f"{what} '{encoder}' has no usable preprocessor_config.json ({reason})") from None
+        _refuse_odd(image_processor)
     if whole and image_processor.do_center_crop:
         crop = dict(image_processor.crop_size)
         size = {"height": crop["height"], "width": crop["width"]}
@@ -331,14 +388,31 @@ def load_image_processor(encoder: str | os.PathLike, what: str = "--encoder", wh
     return image_processor
 
 
+def _refuse_odd(image_processor) -> None:
+    """Raise ValueError, or what else comes of it, where an image processor does not make pictures of one size."""
+    if max(resized_side(image_processor), input_side(image_processor)) > MOST_SIDE:
+        raise ValueError(f"it makes pictures of more than {MOST_SIDE:,} pixels a side")
+    pixels = Pixels(image_processor)
+    shapes = set()
+    for size in ((64, 48), (48, 64)):
+        made = pixels(Image.new("RGB", size))
+        pixels.normalise(torch.from_numpy(made)[None])
+        if made.dtype != np.uint8 or made.ndim != 3 or made.shape[0] != 3:
+            raise ValueError(f"it makes {made.dtype} of shape {'x'.join(map(str, made.shape))} of a picture")
+        shapes.add(made.shape)
+    if len(shapes) > 1:
+        raise ValueError("it leaves pictures of several sizes; name height and width, or a crop")
+    image_processor.to_dict()
+
+
 def _dinov3_without_torchvision(folder: Path):
     """DINOv3's image processor as one of Pillow; None for any other.
 
     Its own class needs torchvision. It rescales before it resizes, which differs by the rounding to 8 bits.
     """
     file = folder / "preprocessor_config.json"
-    settings = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    if not isinstance(settings, dict) or not str(settings.get("image_processor_type")).startswith("DINOv3ViT"):
+    settings = read_json(file, "correct it") if file.is_file() else {}
+    if not str(settings.get("image_processor_type")).startswith("DINOv3ViT"):
         return None
     from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 

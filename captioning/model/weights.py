@@ -9,7 +9,9 @@ known to be absent from sound files may be: a cross-attention, a pooler, the tok
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
+import math
 import pickle
 import re
 import shutil
@@ -20,10 +22,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
 from captioning import InputError
 from captioning.cli import note
 from captioning.files import is_whole_safetensors
+from captioning.model.limits import OBJECTS, check_depth, check_size, stored_shapes
 
 PICKLED = "pytorch_model.bin"  # the hub's name of old; in parts: pytorch_model-00001-of-00002.bin and an index
 
@@ -46,6 +50,7 @@ def load_weights(kind: Any, folder: Path, config: Any, what: str, **options) -> 
         config: of the model, which need not be the one in the folder.
         what: how messages call the folder, such as "--decoder 'gpt2'".
         options: absent: whether a parameter may be missing, by its name.
+            generation_config: how it generates; the folder's own is never read here.
             surplus: whether a tensor of the file that the model has no place for is to be passed over, by its name.
 
     Returns:
@@ -56,7 +61,14 @@ def load_weights(kind: Any, folder: Path, config: Any, what: str, **options) -> 
     """
     absent = options.get("absent", reaches_no_caption)
     surplus = options.get("surplus", lambda name: False)
+    options.setdefault("generation_config", GenerationConfig())
     with as_safetensors(folder, what) as source:
+        shapes = stored_shapes(source)
+        check_depth(config.to_dict(), len(shapes), what)
+        blank = _blank(kind, config, what)
+        held = sum(map(math.prod, shapes.values()))
+        check_size(sum(parameter.numel() for parameter in blank.parameters()), held, what)
+        del blank
         try:
             # float32 said aloud: transformers 5 otherwise keeps the stored dtype, and float16 fails to learn.
             model, found = kind.from_pretrained(
@@ -65,11 +77,13 @@ def load_weights(kind: Any, folder: Path, config: Any, what: str, **options) -> 
                 dtype=torch.float32,
                 use_safetensors=True,
                 trust_remote_code=False,
+                generation_config=options["generation_config"],  # or it would read the folder's own
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,  # they are told by name below
             )
-        except (OSError, ValueError, RuntimeError) as error:
-            raise InputError(f"cannot load the weights of {what}: {str(error).splitlines()[0]}") from None
+        except Exception as error:  # whatever a model's class makes of settings and tensors that cannot be
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise InputError(f"cannot load the weights of {what}: {reason[:300]}") from None
     for name, stored, wanted in sorted(found["mismatched_keys"]):
         sizes = " and ".join("x".join(map(str, size)) for size in (stored, wanted))
         raise InputError(
@@ -90,7 +104,20 @@ def load_weights(kind: Any, folder: Path, config: Any, what: str, **options) -> 
             f"{what} holds {len(more):,} weights that its config.json leaves no place for, such as {more[0]}; "
             "name a folder whose files belong together"
         )
+    for name, tensor in model.state_dict().items():
+        if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+            raise InputError(f"{what} holds a number that is not finite, in {name}; copy it again or name another")
     return model, missing
+
+
+def _blank(kind: Any, config: Any, what: str) -> Any:
+    """The model without its weights, which takes no memory."""
+    try:
+        with torch.device("meta"):
+            return kind.from_config(config) if hasattr(kind, "from_config") else kind(copy.deepcopy(config))
+    except Exception as error:  # whatever a model's class makes of settings that cannot be
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what} has a config.json that no model can be built of: {reason[:300]}") from None
 
 
 def _beyond(model: Any, unexpected: Iterable[str]) -> list[str]:
@@ -132,9 +159,9 @@ def as_safetensors(folder: Path, what: str) -> Iterator[Path]:
     for file in files:
         tensors |= read_pickle(file, what)
     with tempfile.TemporaryDirectory(prefix="captioning-") as temporary:
-        for file in folder.glob("*.json"):
-            if not file.name.endswith(".index.json"):
-                shutil.copy(file, temporary)
+        for name in OBJECTS:
+            if (folder / name).is_file():
+                shutil.copy(folder / name, temporary)
         # A copy of each, because two names may share one tensor, which safetensors cannot store.
         save_file({k: v.clone().contiguous() for k, v in tensors.items()}, Path(temporary, "model.safetensors"))
         del tensors

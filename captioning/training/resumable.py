@@ -10,6 +10,7 @@ The Trainer has no public place for most of this, so private methods are overrid
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import hashlib
 import math
@@ -18,12 +19,79 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import EarlyStoppingCallback, Seq2SeqTrainer, TrainerCallback, VisionEncoderDecoderModel
+from transformers import (
+    EarlyStoppingCallback,
+    Seq2SeqTrainer,
+    TrainerCallback,
+    TrainerControl,
+    TrainerState,
+    VisionEncoderDecoderModel,
+)
 from transformers.trainer_callback import ExportableState
 
 from captioning import InputError
 from captioning.files import read_json
+from captioning.foreign import Check, check, either, flag, list_of, null, number, object_of, shown, text, whole
+from captioning.model.limits import check_files
+from captioning.model.parts import literal, read_config, refusing
+from captioning.model.weights import load_weights
 from captioning.training.resilience import STATE, LossWatch, StopSignals, explained, in_own_group, whole_checkpoint
+
+# What is used of a trainer_state.json, which may come from somebody else.
+_entry = object_of(either(lambda value: None if isinstance(value, int | float) else "a number", text(), null))
+_maybe_number = either(number(), null)
+_callback = {
+    "TrainerControl": {"args": object_of(flag), "attributes": object_of(flag, most=0)},
+    "Resumed": {"args": object_of(flag, most=0), "attributes": object_of(text())},
+    "Patience": {"args": object_of(number()), "attributes": object_of(whole(0, 2**40))},
+}
+STATE_SCHEMA: dict[str, Check] = {
+    "global_step": whole(0, 2**40),
+    "max_steps": whole(-1, 2**40),
+    "epoch": either(number(0), null),
+    "num_train_epochs": number(0),
+    "logging_steps": number(0),
+    "eval_steps": number(0),
+    "save_steps": number(0),
+    "train_batch_size": either(whole(1, 2**40), null),
+    "num_input_tokens_seen": whole(0),
+    "total_flos": number(0),
+    "log_history": list_of(_entry),
+    "best_metric": _maybe_number,
+    "best_global_step": either(whole(0, 2**40), null),
+    "best_model_checkpoint": either(text(), null),
+    "is_local_process_zero": flag,
+    "is_world_process_zero": flag,
+    "is_hyper_param_search": flag,
+    "trial_name": either(text(), null),
+    "trial_params": either(object_of(_maybe_number), null),
+}
+
+
+def check_state(checkpoint: Path) -> None:
+    """Refuse a checkpoint whose trainer_state.json the Trainer would stumble over.
+
+    Raises:
+        InputError: a value is of another kind, or an entry of the history says no step.
+    """
+    what, remedy = f"'{checkpoint / STATE}'", "name another checkpoint"
+    state = read_json(checkpoint / STATE, remedy)
+    check(state, STATE_SCHEMA, what, remedy, ("global_step", "stateful_callbacks", "log_history"))
+    unknown = sorted(set(state) - {field.name for field in dataclasses.fields(TrainerState)})
+    if unknown:
+        raise InputError(f"{what} says {shown(unknown[0])}, which no training writes; {remedy}")
+    for entry in state["log_history"]:
+        check(entry, {"step": whole(0, 2**40), "epoch": number(0)}, f"the history in {what}", remedy, ("step",))
+    callbacks = state["stateful_callbacks"]
+    check(callbacks, {}, f"stateful_callbacks in {what}", remedy, ["TrainerControl"])
+    for name, schema in _callback.items():
+        if name in callbacks:
+            check(callbacks[name], schema, f"{name} in {what}", remedy, ("args", "attributes"))
+    control = callbacks["TrainerControl"]["args"]
+    switches = {field.name for field in dataclasses.fields(TrainerControl)}
+    check(control, {}, f"TrainerControl in {what}", remedy, ["should_evaluate"])
+    if set(control) - switches:
+        raise InputError(f"TrainerControl in {what} says {shown(min(set(control) - switches))}; {remedy}")
 
 
 class EvaluationStopped(Exception):
@@ -58,6 +126,7 @@ class ResumableTrainer(Seq2SeqTrainer):
             InputError: the loss was not finite, or the checkpoint is of a run with other data or other trained parts.
         """
         if checkpoint := kwargs.get("resume_from_checkpoint"):
+            check_state(Path(checkpoint))
             self._refuse_another_run(Path(checkpoint))
         with self.stop:
             trained = super().train(*args, **kwargs)
@@ -188,9 +257,34 @@ class ResumableTrainer(Seq2SeqTrainer):
         transformers 5 saves ViT layers under other names than the model has, and its Trainer reads them back with
         `strict=False`: the encoder then silently keeps the weights it had. `from_pretrained` knows the names.
         """
-        saved = VisionEncoderDecoderModel.from_pretrained(checkpoint, dtype=torch.float32, use_safetensors=True)
+        what = f"checkpoint '{checkpoint}'"
+        check_files(Path(checkpoint), what)
+        config = read_config(Path(checkpoint), "checkpoint")
+        saved, _ = load_weights(VisionEncoderDecoderModel, Path(checkpoint), config, what)
         assert self.model is not None
-        self.model.load_state_dict(saved.state_dict())
+        with refusing(literal(what) + " is not one of this training ({reason}); name another"):
+            self.model.load_state_dict(saved.state_dict())
+
+    def _load_optimizer_and_scheduler(self, checkpoint):
+        with refusing(_unfit(checkpoint, "optimizer and schedule")):
+            super()._load_optimizer_and_scheduler(checkpoint)
+
+    def _load_rng_state(self, checkpoint):
+        with refusing(_unfit(checkpoint, "random numbers")):
+            super()._load_rng_state(checkpoint)
+
+    def _load_scaler(self, checkpoint):
+        with refusing(_unfit(checkpoint, "scale of the loss")):
+            super()._load_scaler(checkpoint)
+
+    def _load_callback_state(self):
+        with refusing(_unfit(self.args.resume_from_checkpoint or "", "trainer_state.json")):
+            super()._load_callback_state()
+
+
+def _unfit(checkpoint: Any, part: str) -> str:
+    where = literal(f"checkpoint '{checkpoint}'")
+    return f"{where} cannot be continued from: its {part} does not fit this training ({{reason}}); name another"
 
 
 class Resumed(TrainerCallback, ExportableState):
