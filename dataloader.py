@@ -230,7 +230,8 @@ def prepare(args: Arguments, work: Path) -> str:
     shutil.rmtree(work / SPOOL, ignore_errors=True)
     parts.save_tokenizer(tokenizer, work)
     image_processor.save_pretrained(work)
-    names = ("limit_data", "val_share", "test_share", "seed", "encoder", "decoder", "center_crop", "max_length")
+    shares = ("val_share", "test_share") if choose.uses_shares(pools, limit) else ()
+    names = ("limit_data", *shares, "seed", "encoder", "decoder", "center_crop", "max_length")
     settings = {name: getattr(args, name) for name in names}
     settings |= {name: getattr(args, name) for name in ("shard", "convert_rgb") if getattr(args, name)}
     counts = {split: len(records) for split, records in chosen.splits.items()}

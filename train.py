@@ -18,12 +18,13 @@ import functools
 import itertools
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioning import InputError, cli
-from captioning.files import lock
+from captioning.files import lock, write_whole
 from captioning.training import arguments, flags, precision, resilience
 
 if TYPE_CHECKING:
@@ -49,27 +50,33 @@ def main(argv: list[str] | None = None) -> int:
     training = arguments.training_arguments(args, rest)
     computed_in = precision.settle(training, precision.asked(arguments.values(rest), os.environ), args.checkpoint())
     with resilience.explained(training), resilience.stoppable(training), only_run_in(args.output_dir, training):
-        code = train(args, training, computed_in)
+        code = train(args, training, computed_in, sys.argv[1:] if argv is None else argv)
     if training.world_size > 1:
         resilience.leave(code)
     return code
 
 
-def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, computed_in: str) -> int:
+def train(
+    args: arguments.Arguments, training: Seq2SeqTrainingArguments, computed_in: str, words: Sequence[str]
+) -> int:
     """Everything between the arguments and the run folder.
 
     Args:
         computed_in: the precision of matrix products, and its reason, for the log.
+        words: the command line.
     """
     from transformers import set_seed
 
+    from captioning.data.fingerprint import fingerprint
     from captioning.data.folder import in_parts, load_prepared
     from captioning.model import captioner, parts
     from captioning.scores import monotony
     from captioning.show import run_folder, tables
+    from captioning.training import config, record
     from captioning.training.batches import CaptionDataset
 
     parts.quiet_transformers()
+    notes = record.Record(words)
     say: Say = cli.note if training.process_index == 0 else lambda _: None
 
     say(f"precision: {computed_in}; final scores in float32")
@@ -112,16 +119,22 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
         for name, split in splits.items()
     }
     if args.cache_features:
-        cache_features(bundle, datasets, args.augment, training, say)
+        with notes.phase("features"):
+            cache_features(bundle, datasets, args.augment, training, say)
 
     # Training
+    weights = record.fingerprint_of_weights(bundle.model)
     trainer = make_trainer(bundle, datasets, rates, args, training, description["source"], say)
     checkpoint = args.checkpoint()
     if checkpoint:
         say(f"going on from {checkpoint}")
     elif args.resume_from_checkpoint:
         say(f"no whole checkpoint in '{args.output_dir}': starting anew")
-    seconds = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
+    if trainer.is_world_process_zero():
+        write_whole(args.output_dir / "config.yaml", config.dump(args, training, args.output_dir / "config.yaml"))
+    with notes.phase("training"):
+        seconds = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
+    notes.move("training", "evaluations", trainer.throughput.evaluated)
     if trainer.throughput.images:
         say(trainer.throughput.line(seconds, training.world_size, training.device))
     if trainer.is_world_process_zero():
@@ -130,15 +143,17 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
     # Scores of the weights that are kept, as inference.py computes them. The test split is seen here, once.
     best = training.load_best_model_at_end and trainer.state.best_model_checkpoint
     kept = trainer.state.best_global_step if best else None
-    losses = {name: trainer.losses_of(datasets[name]) for name in ("validation", "test")}
+    with notes.phase("scoring"):
+        losses = {name: trainer.losses_of(datasets[name]) for name in ("validation", "test")}
 
     # Run folder
     if trainer.is_world_process_zero():
         kept_bundle = captioner.load(args.output_dir)
         kept_bundle.to(training.device)
         source = description["source"]
-        validation, _ = score(kept_bundle, splits["validation"], "validation", losses["validation"], source)
-        test, predictions = score(kept_bundle, splits["test"], "test", losses["test"], source)
+        with notes.phase("scoring"):
+            validation, _ = score(kept_bundle, splits["validation"], "validation", losses["validation"], source)
+            test, predictions = score(kept_bundle, splits["test"], "test", losses["test"], source)
         # Epochs, or true for all of them: infinity is no JSON.
         run = run_folder.Run(
             predictions=predictions,
@@ -149,11 +164,22 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
             kept=kept,
             names={**names, "freeze_encoder": frozen or args.freeze_encoder},
             recipe=args.recipe(),
-            learning_rates=trainer.learning_rates,
-            settings=training.to_sanitized_dict(),
+            learning_rates=used,
+            settings=training.to_dict(),
             decoding=bundle.model.generation_config.to_diff_dict(),
             description=description,
             tensorboard=run_folder.tensorboard_log(trainer.callback_handler.callbacks),
+            evaluations=record.evaluations(trainer.state.log_history),
+            notes=notes.result(
+                training.device,
+                **trainer.throughput.rates(seconds, training.world_size),
+                fingerprints={
+                    "data": {name: fingerprint(split) for name, split in splits.items()},
+                    "weights_before": weights,
+                    "weights_after": record.fingerprint_of_weights(kept_bundle.model),
+                },
+            ),
+            versions=record.versions(),
         )
         results = run_folder.write(args.output_dir, run, splits["test"])
         print(tables.scores({name: results[name] for name in ("validation", "test")}))

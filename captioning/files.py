@@ -10,12 +10,14 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from enum import Enum
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -225,6 +227,19 @@ def json_text(value: Any, **options: Any) -> str:
     """
     text = json.dumps(value, ensure_ascii=False, **options)
     return re.sub("[\ud800-\udfff]", lambda half: json.dumps(half[0])[1:-1], text)
+
+
+def plain(value: Any) -> Any:
+    """`value` with what strict JSON holds: a number that is not finite becomes None, what is no value a text."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(part) for key, part in value.items()}
+    if isinstance(value, list | tuple | set):
+        return [plain(part) for part in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    if isinstance(value, Enum):
+        return plain(value.value)
+    return value if isinstance(value, bool | int | float | str | None) else str(value)
 
 
 def is_whole_safetensors(path: Path) -> bool:

@@ -67,6 +67,9 @@ def run(test_split: Split, **changed) -> Run:
             "num_train_epochs": 2,
         },
         "decoding": {"num_beams": 3, "max_new_tokens": 32},
+        "evaluations": [{"epoch": 1.0, "step": 10, "train_loss": 2.2, **evaluation.scores}],
+        "notes": {"command": "train.py --epochs 2", "machine": {"processor": "a processor", "gpus": []}, "git": None},
+        "versions": {"python": "3", "transformers": "5"},
         "description": {
             "source": "drawn scenes",
             "encoder": "tiny",

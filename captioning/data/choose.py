@@ -107,6 +107,12 @@ def plan(pools: dict[str, list[Record]], limit: int, val_share: float, test_shar
     ]
 
 
+def uses_shares(pools: dict[str, list[Record]], limit: int) -> bool:
+    """Whether `val_share` and `test_share` decide anything: not where a data set's own splits are taken whole."""
+    total = sum(map(len, pools.values()))
+    return "val2014" in pools or any("+" in pool for pool in pools) or 0 < limit < total
+
+
 class Pools:
     """The records of each pool in an order that `seed` decides, each taken once."""
 

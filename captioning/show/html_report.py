@@ -253,7 +253,7 @@ def _settings(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any
             if value is not None
         },
         "Learning rates": results.get("learning_rates", {}),
-        "Training": {key: results["training"][key] for key in SETTINGS if key in results["training"]},
+        "Training": {key: results["training"][key] for key in SETTINGS if _has_effect(key, results["training"])},
         "Captions are generated with": results["decoding"],
         "Data": {
             key: value
@@ -261,8 +261,18 @@ def _settings(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any
             if key != "versions"
         },
         "Versions": results["versions"],
+        "This run": results.get("run", {}),
     }
     return [(name, [(key, _flat(value)) for key, value in group.items()]) for name, group in groups.items() if group]
+
+
+def _has_effect(key: str, training: Mapping[str, Any]) -> bool:
+    """Whether one of the Trainer's settings decided anything in a run."""
+    if key == "num_train_epochs" and (training.get("max_steps") or 0) > 0:
+        return False
+    if key == "metric_for_best_model" and training.get("load_best_model_at_end") is False:
+        return False
+    return key in training and training[key] not in (None, False, -1)
 
 
 def _without_folders(settings: Mapping[str, Any], *keys: str) -> dict[str, Any]:
@@ -273,4 +283,9 @@ def _without_folders(settings: Mapping[str, Any], *keys: str) -> dict[str, Any]:
 
 
 def _flat(value: Any) -> Any:
-    return ", ".join(f"{key} {part}" for key, part in value.items()) if isinstance(value, Mapping) else value
+    """A setting as one line."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{key} {_flat(part)}" for key, part in value.items())
+    if isinstance(value, list):
+        return ", ".join(str(_flat(part)) for part in value) or "none"
+    return "none" if value is None else value

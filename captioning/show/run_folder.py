@@ -8,18 +8,16 @@ Each file is written whole or not at all.
 from __future__ import annotations
 
 import math
-import platform
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from captioning.data.folder import in_parts
-from captioning.files import json_text, write_whole
+from captioning.files import json_text, plain, write_whole
 from captioning.scores import bootstrap
 from captioning.scores.names import SCORE_NAMES
 from captioning.show import tables, wording
@@ -51,6 +49,9 @@ class Run:
     settings: Mapping[str, Any]  # the Trainer's, `Seq2SeqTrainingArguments.to_sanitized_dict()`
     decoding: Mapping[str, Any]  # how captions are generated, `GenerationConfig.to_diff_dict()`
     description: Mapping[str, Any]  # the data's dataset.json
+    evaluations: Sequence[Mapping[str, Any]]  # epoch, step and scores of each evaluation on validation
+    notes: Mapping[str, Any]  # command, date, seconds, machine, fingerprints and more, see `training.record`
+    versions: Mapping[str, str]
     tensorboard: str | None = None  # the folder of TensorBoard's log, if there is one
 
 
@@ -59,7 +60,7 @@ def write(folder: Path, run: Run, test_split: Split) -> dict[str, Any]:
     captions = test_split.results(run.predictions)
     write_whole(folder / "predictions_test.json", json_text(captions, indent=1) + "\n")  # COCO's results format
     results = results_of(run)
-    write_whole(folder / "results.json", json_text(results, indent=2, default=str) + "\n")
+    write_whole(folder / "results.json", json_text(results, indent=2, allow_nan=False) + "\n")
     write_whole(folder / "report.html", report_page(results, run.log_history, test_split, run.predictions))
     draw_curves(run.log_history, folder / "training_curves.png", run.kept)
     items = [
@@ -91,7 +92,7 @@ def scores_of(evaluation: Evaluation) -> dict[str, Any]:
 
 def results_of(run: Run) -> dict[str, Any]:
     """What `results.json` holds."""
-    return {
+    results = {
         "protocol": run.test.protocol,
         "interval": bootstrap.PROTOCOL,
         "checkpoint": f"best {run.settings['metric_for_best_model']} on validation" if run.kept else "last",
@@ -104,11 +105,11 @@ def results_of(run: Run) -> dict[str, Any]:
         "decoding": dict(run.decoding),
         "training": dict(run.settings),
         "data": dict(run.description),
-        "versions": {
-            "python": platform.python_version(),
-            **{name: version(name) for name in ("torch", "transformers", "datasets", "accelerate", "pillow")},
-        },
+        "evaluations": list(run.evaluations),
+        "run": dict(run.notes),
+        "versions": dict(run.versions),
     }
+    return plain(results)
 
 
 def model_card(results: Mapping[str, Any], name: str) -> str:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import dataclasses
 import functools
 import importlib.util
 import math
@@ -23,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 from captioning import InputError, cli
 from captioning.cli import flag
 from captioning.files import refuse_links
-from captioning.training import flags, precision, resilience
+from captioning.training import config, flags, precision, resilience
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments, TrainingArguments
@@ -108,6 +109,13 @@ class Arguments:
         "stop when N evaluations in a row were not better than the best one (default: train to the end)",
         metavar="N",
     )
+    config: Path | None = flag(
+        None,
+        OTHER,
+        "take flags from this file, such as the config.yaml of a run folder, which repeats that run; flags of the "
+        "command line come first",
+        metavar="YAML",
+    )
     help_all: bool = flag(False, OTHER, "show every flag of Seq2SeqTrainingArguments as well")
     debug: bool = cli.debug_flag()
 
@@ -184,19 +192,15 @@ class Arguments:
         return Path(asked)
 
     def recipe(self) -> dict[str, Any]:
-        """The flags that results.json tells besides the Trainer's, the encoder, the decoder and the rates."""
-        told = (
-            "model_path",
-            "cross_attention_epochs",
-            "cache_features",
-            "augment",
-            "dropout",
-            "packing",
-            "self_critical_epochs",
-            "self_critical_lr",
-            "patience",
-        )
-        return {name: getattr(self, name) for name in told} | {"mirror": self.mirror if self.augment else None}
+        """The flags that results.json tells besides the Trainer's, the encoder, the decoder and the rates.
+
+        Those that had no effect are left out.
+        """
+        told = ["model_path", "cross_attention_epochs", "cache_features", "augment", "dropout", "packing"]
+        told += ["self_critical_epochs", "patience"]
+        told += ["mirror"] if self.augment else []
+        told += ["self_critical_lr"] if self.self_critical_epochs else []
+        return {name: getattr(self, name) for name in told}
 
 
 # ---- the Trainer's flags
@@ -253,7 +257,12 @@ def read(argv: Sequence[str] | None) -> tuple[Arguments, list[str]]:
         sys.exit(0)
     kinds = training_argument_types()
     theirs = [f"--{name}" for name in kinds] + [f"--no_{name}" for name, kind in kinds.items() if kind == "bool"]
-    args, rest = cli.parse_known(Arguments, parser, argv, theirs)
+    try:
+        ours = {field.name: field.default for field in dataclasses.fields(Arguments)}
+        words = config.with_config(words, ours, kinds)
+    except InputError as error:
+        parser.error(str(error))
+    args, rest = cli.parse_known(Arguments, parser, words, theirs)
     for option, value in values(rest).items():
         kind = kinds.get(option.removeprefix("--"))
         if kind in ("int", "float") and value:

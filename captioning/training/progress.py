@@ -127,6 +127,15 @@ class Throughput:
     waited: float = 0.0
     evaluated: float = 0.0
 
+    def rates(self, seconds: float, world_size: int) -> dict[str, float]:
+        """Images and captions a second in a training of `seconds`; evaluations are counted apart."""
+        seconds = max(seconds - self.evaluated, 1e-9)
+        images, captions = self.images * world_size, int(self.captions) * world_size
+        return {
+            "images_per_second": round(images / seconds, 1),
+            "captions_per_second": round(captions / seconds, 1),
+        }
+
     def line(self, seconds: float, world_size: int, device: torch.device) -> str:
         """One line on a training of `seconds`; evaluations are counted apart."""
         seconds -= self.evaluated
