@@ -487,7 +487,7 @@ def score(args: Arguments) -> int:
     from captioning.data.folder import in_parts, load_prepared
     from captioning.scores import bootstrap, metrics
     from captioning.show import tables
-    from captioning.show.run_folder import scores_of
+    from captioning.show.run_folder import diversity_of, scores_of
 
     assert args.data_path is not None
     splits, description = load_prepared(cli.prepared_folders(args.data_path))
@@ -509,7 +509,7 @@ def score(args: Arguments) -> int:
     each = [{**entry, **per_image[entry["image_id"]]} for entry in split.results(predictions)]
     write_json(target, sorted(each, key=lambda row: row["cider_d"]))
     cli.note(f"scores of each image, the worst first, written to {target}")
-    scores = scores_of(found)
+    scores = scores_of(found) | {"diversity": diversity_of(predictions, references)}
     if not args.predictions:
         told: dict[str, Any] = {"protocol": found.protocol, "interval": bootstrap.PROTOCOL, "split": args.split}
         told |= {"data": description["source"], "decoding": settings}
@@ -520,6 +520,7 @@ def score(args: Arguments) -> int:
     cli.note(f"in brackets: {bootstrap.PROTOCOL}; signature: {found.signature}")
     warn_of_monotony(list(predictions.values()), [references[image_id] for image_id in predictions])
     print(tables.scores({args.split: scores}))
+    print(f"\n{tables.diversity(**scores['diversity'])}")
     return 0
 
 

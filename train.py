@@ -183,6 +183,7 @@ def train(
         )
         results = run_folder.write(args.output_dir, run, splits["test"])
         print(tables.scores({name: results[name] for name in ("validation", "test")}))
+        print(f"\n{tables.diversity(**results['test']['diversity'])}")
         said = [predictions[image_id] for image_id in splits["test"].image_id]
         if warning := monotony.warning(said, splits["test"].captions):
             say(f"warning: {cli.printable(warning)}")

@@ -288,8 +288,11 @@ def test_a_run_folder_is_scored_on_a_split(trained, prepared, tmp_path, capsys):
     code = inference.main([f"--model_path={trained}", f"--data_path={prepared}", f"--output={output}", "--device=cpu"])
     captured = capsys.readouterr()
     assert code == 0
-    table = {line.split()[0]: line.split()[1] for line in captured.out.splitlines()}
-    intervals = {line.split()[0]: re.search(r"\[(.*), (.*)\]", line).groups() for line in captured.out.splitlines()}
+    table = {line.split()[0]: line.split()[1] for line in captured.out.split("\n\n")[0].splitlines()}
+    intervals = {
+        line.split()[0]: re.search(r"\[(.*), (.*)\]", line).groups()
+        for line in captured.out.split("\n\n")[0].splitlines()
+    }
     # The same scores as after training, to the digits shown: the two scripts prepare and generate identically.
     for name, value in table.items():
         assert float(value) == pytest.approx(before[name], abs=6e-5), name
@@ -344,7 +347,7 @@ def test_anybodys_captions_are_scored(prepared, tmp_path, capsys):
     file = tmp_path / "theirs.json"
     file.write_text(json.dumps([{"image_id": i, "caption": c} for i, c in predictions.items()]))
     assert inference.main([f"--predictions={file}", f"--data_path={prepared}", "--split=validation"]) == 0
-    table = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.splitlines()}
+    table = {line.split()[0]: line.split()[1] for line in capsys.readouterr().out.split("\n\n")[0].splitlines()}
     expected = coco_scores(predictions, dict(zip(rows["image_id"], rows["captions"], strict=True)))
     assert {name: float(value) for name, value in table.items()} == pytest.approx(
         expected | {"facts_right": 1.0}, abs=6e-5

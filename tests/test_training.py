@@ -536,8 +536,9 @@ def test_the_run_folder_is_complete(trained, prepared):
     assert [entry["image_id"] for entry in predictions] == test_ids
     assert all(set(entry) == {"image_id", "caption"} for entry in predictions)
     # stdout holds the table and nothing else; what was decided is on stderr.
-    out = (trained.parent / "stdout.txt").read_text().splitlines()
-    assert len(out) == 12 and out[0].split() == ["validation", "test"]
+    table, beside = (trained.parent / "stdout.txt").read_text().split("\n\n")
+    assert len(table.splitlines()) == 12 and table.split()[:2] == ["validation", "test"]
+    assert beside.split()[0] == "distinct" and results["test"]["diversity"]["people"]["distinct"] > 0.1
     err = (trained.parent / "stderr.txt").read_text()
     for said in (
         "data: ",

@@ -83,7 +83,7 @@ def report_page(
         protocol=results["protocol"],
         scores=_scores(results),
         curves=_curves(log_history, results["step"]),
-        speech=_speech(predictions, references),
+        speech=_speech(predictions, references, results["test"].get("diversity", {})),
         examples=_examples(split, predictions, references),
         settings=_settings(results),
     )
@@ -144,7 +144,9 @@ def _curves(log_history: Sequence[dict], kept: int) -> dict[str, Any]:
     }
 
 
-def _speech(predictions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, Any]:
+def _speech(
+    predictions: Mapping[int, str], references: Mapping[int, Sequence[str]], diversity: Mapping[str, Any]
+) -> dict[str, Any]:
     """Lengths, vocabulary, repetition: how the model speaks, against how the references do."""
     texts = {
         "said": list(predictions.values()),
@@ -165,7 +167,10 @@ def _speech(predictions: Mapping[int, str], references: Mapping[int, Sequence[st
     frequent, images = count.most_common(FREQUENT), len(predictions)
     share = frequent[0][1] / images
     return {
-        "overview": list(zip(labels, *columns, strict=True)),
+        "overview": [
+            *zip(labels, *columns, strict=True),
+            *((*row, "") for row in (tables.diversity_rows(**diversity) if diversity else ())),
+        ],
         "covered": _percent(covered),
         "unsaid": [f"{word} ({times:,})" for word, times in unsaid.most_common(2 * FREQUENT)],
         "images": images,

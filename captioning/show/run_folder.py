@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from captioning.data.folder import in_parts
 from captioning.files import json_text, plain, write_whole
-from captioning.scores import bootstrap
+from captioning.scores import bootstrap, diversity
 from captioning.scores.names import SCORE_NAMES
 from captioning.show import tables, wording
 from captioning.show.curves import draw_curves
@@ -60,6 +60,8 @@ def write(folder: Path, run: Run, test_split: Split) -> dict[str, Any]:
     captions = test_split.results(run.predictions)
     write_whole(folder / "predictions_test.json", json_text(captions, indent=1) + "\n")  # COCO's results format
     results = results_of(run)
+    references = dict(zip(test_split.image_id, test_split.captions, strict=True))
+    results["test"]["diversity"] = diversity_of(run.predictions, references)
     write_whole(folder / "results.json", json_text(results, indent=2, allow_nan=False) + "\n")
     write_whole(folder / "report.html", report_page(results, run.log_history, test_split, run.predictions))
     draw_curves(run.log_history, folder / "training_curves.png", run.kept)
@@ -88,6 +90,11 @@ def scores_of(evaluation: Evaluation) -> dict[str, Any]:
         **evaluation.scores,
         "intervals": intervals,
     }
+
+
+def diversity_of(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, dict[str, float]]:
+    """What JSON files hold beside the scores: `scores.diversity` of the captions, and of people's."""
+    return {"model": diversity.diversity(captions, references), "people": diversity.of_people(references)}
 
 
 def results_of(run: Run) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from captioning.scores.diversity import NAMES
 from captioning.scores.names import SCORE_NAMES
 
 
@@ -19,6 +20,25 @@ def scores(splits: Mapping[str, Mapping[str, Any]]) -> str:
         if any(key in split for split in splits.values()):
             rows.append([key, *(with_interval(split, key, 4) for split in splits.values())])
     return columns(rows)
+
+
+def diversity(model: Mapping[str, float], people: Mapping[str, float]) -> str:
+    """A table for the terminal: what `scores.diversity` says of the model, and of people beside it."""
+    rows = []
+    for key in NAMES:
+        if key in model:
+            rows.append([key, f"{model[key]:.4g}", f"people {people[key]:.4g}" if key in people else ""])
+    return columns(rows)
+
+
+def diversity_rows(model: Mapping[str, float], people: Mapping[str, float]) -> list[tuple[str, str, str]]:
+    """(name, the model's, people's) of what the report does not show otherwise."""
+    shown = ("self_bleu_4", "unseen_nouns", "unseen_captions")
+    return [
+        (name, f"{model[key]:.3f}", f"{people[key]:.3f}" if key in people else "")
+        for key, name in NAMES.items()
+        if key in shown and key in model
+    ]
 
 
 def columns(rows: Sequence[Sequence[str]]) -> str:
