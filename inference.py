@@ -35,10 +35,13 @@ from captioning.data.images import SUFFIXES as IMAGE_SUFFIXES
 from captioning.files import check_target, json_text, write_whole
 
 if TYPE_CHECKING:
+    import torch
+
     from captioning.data.folder import Split
     from captioning.model.captioner import Bundle
     from captioning.model.explain import Caption
     from captioning.model.wishes import Wishes
+    from captioning.show.clip_scores import ClipScores
 
 MOST_ALTERNATIVES = 100  # each is a beam, which takes memory
 
@@ -138,6 +141,9 @@ class Arguments:
     predictions: Path | None = flag(
         None, SCORE, "score these captions (COCO results format), without a model", metavar="FILE"
     )
+    clip: str | None = flag(
+        None, SCORE, "also CLIPScore and RefCLIPScore, by this CLIP: a folder or hub id", metavar="NAME"
+    )
     compare: list[str] | None = flag(
         None,
         SCORE,
@@ -163,6 +169,8 @@ class Arguments:
     def _check_combinations(self) -> None:
         if self.compare:
             self._check_comparison()
+        if self.clip and not self.data_path:
+            raise InputError("--clip needs --data_path, which holds the images")
         if self.data_path and (self.json or self.explain or self.alternatives > 1):
             wrong = "json" if self.json else "explain" if self.explain else "alternatives"
             raise InputError(f"--{wrong} is for --image_path, not for scoring a split")
@@ -249,16 +257,12 @@ def main(argv: list[str] | None = None) -> int:
 
 def load_model(args: Arguments) -> Bundle:
     """The bundle on its device, with the decoding settings of the command line."""
-    import torch
 
     from captioning.model import captioner, parts
 
     parts.quiet_transformers()
     bundle = captioner.load(args.model_path)
-    try:
-        bundle.to(torch.device(args.device or _best_device(torch)))
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device '{args.device}' cannot be used: {str(error).splitlines()[0]}") from None
+    bundle.to(device_of(args))
     for name in ("num_beams", "max_new_tokens"):
         if getattr(args, name):
             setattr(bundle.model.generation_config, name, getattr(args, name))
@@ -274,6 +278,22 @@ def load_model(args: Arguments) -> Bundle:
     if longest >= positions:
         raise InputError(f"--max_new_tokens {longest} is too long; the decoder has {positions} positions")
     return bundle
+
+
+def device_of(args: Arguments) -> torch.device:
+    """`--device`, or the best there is.
+
+    Raises:
+        InputError: it cannot be used.
+    """
+    import torch
+
+    try:
+        device = torch.device(args.device or _best_device(torch))
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise InputError(f"--device '{args.device}' cannot be used: {str(error).splitlines()[0]}") from None
+    return device
 
 
 def _best_device(torch) -> str:
@@ -505,6 +525,8 @@ def score(args: Arguments) -> int:
         cli.note(f"captions written to {file}")
         target = file.with_name(f"scored_{args.split}_per_image.json")
     found = metrics.evaluate(predictions, references, more=more_scores(description["source"]))
+    if clip := clip_scores(args, split):
+        found = clip(found, predictions)
     per_image = found.per_image()
     each = [{**entry, **per_image[entry["image_id"]]} for entry in split.results(predictions)]
     write_json(target, sorted(each, key=lambda row: row["cider_d"]))
@@ -539,7 +561,11 @@ def compare(args: Arguments) -> int:
     captions = {name: captions_of(path, split, args) for name, path in zip(names, args.compare, strict=True)}
     results = [compare.results_of(path, args.split) for path in args.compare]
     found = compare.compare(
-        captions, references, more_scores(description["source"]), compare.differ_in_seeds_alone(results)
+        captions,
+        references,
+        more_scores(description["source"]),
+        compare.differ_in_seeds_alone(results),
+        clip_scores(args, split),
     )
     for warning in compare.warnings(found, results, args.split):
         cli.note(f"warning: {warning}")
@@ -558,6 +584,19 @@ def compare(args: Arguments) -> int:
     cli.note(f"page written to {target}, scores of each image to {target.with_suffix('.csv')}")
     print(compare.table(found))
     return 0
+
+
+def clip_scores(args: Arguments, split: Split) -> ClipScores | None:
+    """What adds the scores of `--clip`, if they are asked for."""
+    if not args.clip:
+        return None
+
+    from captioning.model import parts
+    from captioning.show.clip_scores import ClipScores
+
+    assert args.data_path is not None
+    parts.quiet_transformers()
+    return ClipScores(args.clip, device_of(args), split, args.data_path[0] / ".clip")
 
 
 def captions_of(path: str, split: Split, args: Arguments) -> dict[int, str]:

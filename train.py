@@ -70,6 +70,7 @@ def train(
     from captioning.data.fingerprint import fingerprint
     from captioning.data.folder import in_parts, load_prepared
     from captioning.model import captioner, parts
+    from captioning.model import weights as stored_weights
     from captioning.scores import monotony
     from captioning.show import run_folder, tables
     from captioning.training import config, record
@@ -123,7 +124,7 @@ def train(
             cache_features(bundle, datasets, args.augment, training, say)
 
     # Training
-    weights = record.fingerprint_of_weights(bundle.model)
+    weights = stored_weights.fingerprint(bundle.model)
     trainer = make_trainer(bundle, datasets, rates, args, training, description["source"], say)
     checkpoint = args.checkpoint()
     if checkpoint:
@@ -176,7 +177,7 @@ def train(
                 fingerprints={
                     "data": {name: fingerprint(split) for name, split in splits.items()},
                     "weights_before": weights,
-                    "weights_after": record.fingerprint_of_weights(kept_bundle.model),
+                    "weights_after": stored_weights.fingerprint(kept_bundle.model),
                 },
             ),
             versions=record.versions(),

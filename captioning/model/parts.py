@@ -160,6 +160,7 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
         if is_full_disk(error):
             raise
         remedy = BUNDLE_HINT if what == "--model_path" else "name a local folder or a preset: tiny, small, base"
+        remedy = "name a local folder" if what == "--clip" else remedy
         raise InputError(f"{what} '{name}' {_why_not_fetched(error, remedy)}") from None
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import hashlib
 import json
 import math
 import pickle
@@ -118,6 +119,15 @@ def _blank(kind: Any, config: Any, what: str) -> Any:
     except Exception as error:  # whatever a model's class makes of settings that cannot be
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise InputError(f"{what} has a config.json that no model can be built of: {reason[:300]}") from None
+
+
+def fingerprint(model: torch.nn.Module) -> str:
+    """The first 16 hexadecimal digits of a SHA-256 of all tensors of a model, in the order of their names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(model.state_dict().items()):
+        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    return digest.hexdigest()[:16]
 
 
 def _beyond(model: Any, unexpected: Iterable[str]) -> list[str]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 COCO_KEYS = ("bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider_d")  # the official COCO caption evaluation
 ROUGE_KEYS = ("rouge_1", "rouge_2", "rouge_lsum")  # the rouge_score package
+CLIP_KEYS = ("clip_score", "ref_clip_score")  # with --clip only
 
 # key -> name. The loss is better where it is lower, every other score where it is higher.
 SCORE_NAMES: dict[str, str] = {
@@ -22,6 +23,8 @@ SCORE_NAMES: dict[str, str] = {
     "rouge_1": "ROUGE-1",
     "rouge_2": "ROUGE-2",
     "rouge_lsum": "ROUGE-Lsum",
+    "clip_score": "CLIPScore",
+    "ref_clip_score": "RefCLIPScore",
     "facts_right": "facts right",  # of drawn scenes alone: the share of captions whose facts are all right
 }
 

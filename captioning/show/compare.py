@@ -95,6 +95,7 @@ def compare(
     references: Mapping[int, Sequence[str]],
     more: Mapping[str, Callable[[str, Sequence[str]], float]] | None = None,
     seeds: bool = False,
+    extend: Callable[[Evaluation, Mapping[int, str]], Evaluation] | None = None,
 ) -> Comparison:
     """Score several captioners on the same images and compare each with the first.
 
@@ -103,11 +104,14 @@ def compare(
         references: {image id: captions by people}, of the same images.
         more: other scores, see `metrics.evaluate`.
         seeds: whether they are trainings of one recipe that differ in their seeds alone.
+        extend: adds scores to the evaluation of some captions, such as `ClipScores`.
 
     Raises:
         InputError: the images differ.
     """
     evaluations = {name: evaluate(said, references, more=more) for name, said in captions.items()}
+    if extend is not None:
+        evaluations = {name: extend(found, captions[name]) for name, found in evaluations.items()}
     first = next(iter(evaluations.values()))
     return Comparison(
         captions,

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import contextlib
 import datetime
-import hashlib
 import os
 import platform
 import shlex
@@ -28,7 +27,6 @@ from captioning.scores.names import SCORE_NAMES
 from captioning.training.progress import peak_memory
 
 PACKAGES = ("torch", "transformers", "datasets", "accelerate", "tokenizers", "numpy", "pillow")
-DIGITS = 16  # of a fingerprint
 CODE = Path(__file__).resolve().parents[2]
 
 
@@ -138,15 +136,6 @@ def revision(folder: Path = CODE) -> str | None:
 def versions() -> dict[str, str]:
     """Of Python and of the packages that decide what a run gives."""
     return {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}}
-
-
-def fingerprint_of_weights(model: torch.nn.Module) -> str:
-    """The first digits of a SHA-256 of all tensors of a model, in the order of their names."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-    return digest.hexdigest()[:DIGITS]
 
 
 def evaluations(log_history: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
