@@ -72,7 +72,7 @@ def train(
     from captioning.model import captioner, parts
     from captioning.model import weights as stored_weights
     from captioning.scores import monotony
-    from captioning.show import run_folder, tables
+    from captioning.show import run_folder, tables, trackers
     from captioning.training import config, record
     from captioning.training.batches import CaptionDataset
 
@@ -169,7 +169,6 @@ def train(
             settings=training.to_dict(),
             decoding=bundle.model.generation_config.to_diff_dict(),
             description=description,
-            tensorboard=run_folder.tensorboard_log(trainer.callback_handler.callbacks),
             evaluations=record.evaluations(trainer.state.log_history),
             notes=notes.result(
                 training.device,
@@ -183,6 +182,7 @@ def train(
             versions=record.versions(),
         )
         results = run_folder.write(args.output_dir, run, splits["test"])
+        trackers.log_run(trainer.callback_handler.callbacks, args.output_dir, results, trainer.state.global_step)
         print(tables.scores({name: results[name] for name in ("validation", "test")}))
         print(f"\n{tables.diversity(**results['test']['diversity'])}")
         said = [predictions[image_id] for image_id in splits["test"].image_id]

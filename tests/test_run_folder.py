@@ -217,6 +217,7 @@ def test_a_run_is_pushed_to_the_hub_and_shown_in_tensorboard(few, tmp_path):
 
     events = EventAccumulator(str(next(folder.glob("runs/*"))), size_guidance={"images": 0}).Reload()
     assert set(events.Tags()["images"]) == {"gallery", "training_curves"}
-    assert "train/loss" in events.Tags()["scalars"]
+    assert {"train/loss", "test/cider_d", "test/cider_d_low"} <= set(events.Tags()["scalars"])
+    assert "report/text_summary" in events.Tags()["tensors"]
     picture = events.Images("gallery")[0]
     assert (picture.width, picture.height) == Image.open(folder / "gallery.png").size and picture.step == 2

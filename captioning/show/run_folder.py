@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,7 +52,6 @@ class Run:
     evaluations: Sequence[Mapping[str, Any]]  # epoch, step and scores of each evaluation on validation
     notes: Mapping[str, Any]  # command, date, seconds, machine, fingerprints and more, see `training.record`
     versions: Mapping[str, str]
-    tensorboard: str | None = None  # the folder of TensorBoard's log, if there is one
 
 
 def write(folder: Path, run: Run, test_split: Split) -> dict[str, Any]:
@@ -76,8 +75,6 @@ def write(folder: Path, run: Run, test_split: Split) -> dict[str, Any]:
     ]
     draw_gallery(items, folder / "gallery.png", wording.author(run.description["source"]))
     write_whole(folder / "README.md", model_card(results, folder.resolve().name))
-    if run.tensorboard is not None:
-        log_pictures(folder, run.tensorboard, run.steps)
     return results
 
 
@@ -199,23 +196,3 @@ def is_hub_id(name: str) -> bool:
     if Path(name).exists():
         return False
     return bool(re.fullmatch(r"[\w-][\w.-]*/[\w.-]+|(distil)?gpt2(-(medium|large|xl))?", name))
-
-
-def tensorboard_log(callbacks: Iterable[Any]) -> str | None:
-    """The folder of TensorBoard's log, None where the Trainer whose callbacks these are writes none."""
-    from transformers.integrations import TensorBoardCallback
-
-    return next((callback.logging_dir for callback in callbacks if isinstance(callback, TensorBoardCallback)), None)
-
-
-def log_pictures(folder: Path, log: str, step: int) -> None:
-    """Show the run folder's pictures in TensorBoard: `log` is the folder of the Trainer's own log."""
-    import numpy as np
-    from PIL import Image
-    from torch.utils.tensorboard import SummaryWriter
-
-    with SummaryWriter(log_dir=log) as writer:  # the Trainer has closed its own
-        for name in ("training_curves", "gallery"):
-            with Image.open(folder / f"{name}.png") as picture:
-                pixels = np.asarray(picture.convert("RGB"))
-            writer.add_image(name, pixels, step, dataformats="HWC")
