@@ -133,7 +133,7 @@ def train(
         say(f"no whole checkpoint in '{args.output_dir}': starting anew")
     if trainer.is_world_process_zero():
         write_whole(args.output_dir / "config.yaml", config.dump(args, training, args.output_dir / "config.yaml"))
-    with notes.phase("training"):
+    with notes.phase("training"), contextlib.redirect_stdout(sys.stderr):  # trackers speak: stdout is for results
         seconds = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
     notes.move("training", "evaluations", trainer.throughput.evaluated)
     if trainer.throughput.images:

@@ -505,6 +505,12 @@ def arguments(prepared, folder, *more):
     ]
 
 
+def test_a_hyperparameter_search_is_refused_with_the_reason(tokenizer, tmp_path):
+    trainer = make_trainer(tokenizer, Rows(tokenizer, 2), tmp_path)
+    with pytest.raises(InputError, match=r"call train\.main once for each trial"):
+        trainer.hyperparameter_search(lambda trial: {}, n_trials=1)
+
+
 def test_the_run_folder_is_complete(trained, prepared):
     expected = {
         "config.json",

@@ -330,6 +330,18 @@ class CaptionTrainer(ResumableTrainer):
         save_tokenizer(self.bundle.tokenizer, output_dir or self.args.output_dir)
         self.bundle.image_processor.save_pretrained(output_dir or self.args.output_dir)
 
+    def hyperparameter_search(self, *args, **kwargs):
+        """Refused: the Trainer builds a new model for each trial, and knows nothing of the rates and parts of this one.
+
+        Raises:
+            InputError: always; it says what to do instead.
+        """
+        raise InputError(
+            "hyperparameter_search cannot work here: it changes the Trainer's arguments only, while learning rates by "
+            "part, tokenizer and cached features are made before; call train.main once for each trial, as "
+            "captioning/DESIGN.md shows for optuna"
+        )
+
     def create_model_card(self, *args, **kwargs) -> None:
         """Nothing: the run folder has a model card of its own."""
 
