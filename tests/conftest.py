@@ -24,7 +24,7 @@ os.environ["MPLCONFIGDIR"] = str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.ca
 os.environ["XDG_CACHE_HOME"] = CACHE.name
 
 
-def script(name: str, *arguments, timeout: float = 240) -> subprocess.CompletedProcess:
+def script(name: str, *arguments, timeout: float = 900) -> subprocess.CompletedProcess:
     """Run a script of the top level as a user does, in a process of its own."""
     command = [sys.executable, str(ROOT / name), *map(str, arguments)]
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout)

@@ -226,4 +226,4 @@ def test_bad_arguments(arguments, message, capsys):
 
 def test_captions_of_other_images_are_refused(two, prepared):
     with pytest.raises(InputError, match="have no prediction"):
-        inference.main(["--compare", *two, f"--data_path={prepared}", "--split=test", "--model_path=none"])
+        inference.main(["--compare", two[1], two[1], f"--data_path={prepared}", "--split=test"])
