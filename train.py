@@ -56,9 +56,7 @@ def main(argv: list[str] | None = None) -> int:
     return code
 
 
-def train(
-    args: arguments.Arguments, training: Seq2SeqTrainingArguments, computed_in: str, words: Sequence[str]
-) -> int:
+def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, computed_in: str, words: Sequence[str]) -> int:
     """Everything between the arguments and the run folder.
 
     Args:
@@ -132,7 +130,8 @@ def train(
     elif args.resume_from_checkpoint:
         say(f"no whole checkpoint in '{args.output_dir}': starting anew")
     if trainer.is_world_process_zero():
-        write_whole(args.output_dir / "config.yaml", config.dump(args, training, args.output_dir / "config.yaml"))
+        file = args.output_dir / "config.yaml"
+        write_whole(file, config.dump(args, training, arguments.trainer_defaults(), file))
     with notes.phase("training"), contextlib.redirect_stdout(sys.stderr):  # trackers speak: stdout is for results
         seconds = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
     notes.move("training", "evaluations", trainer.throughput.evaluated)

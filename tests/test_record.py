@@ -37,7 +37,9 @@ FLAGS = {
     "a schedule with settings": ["--lr_scheduler_type=cosine_with_min_lr", '--lr_scheduler_kwargs={"min_lr": 1e-06}'],
     "a schedule that follows scores": ["--lr_scheduler_type=reduce_lr_on_plateau", "--patience=2"],
     "self-critical": ["--self_critical_epochs=1.5", "--self_critical_lr=3e-4", "--dropout=0"],
-    "other objects": ['--accelerator_config={"split_batches": true}', "--report_to=tensorboard", "--use_cpu"],
+    "trackers and workers": ["--report_to=tensorboard", "--use_cpu", "--dataloader_num_workers=0", "--fp16=False"],
+    "adafactor": ["--optim=adafactor", "--weight_decay=0.1", "--activation_checkpointing=True", "--seed=3"],
+    "to the hub": ["--push_to_hub", "--hub_model_id=a/b", "--save_total_limit=5", "--eval_steps=7", "--save_steps=14"],
 }
 
 
@@ -45,7 +47,7 @@ FLAGS = {
 def test_every_flag_comes_back_out_of_its_file(words, data, tmp_path):
     args, training = both([f"--data_path={data}", f"--output_dir={tmp_path / 'run'}", *words])
     file = tmp_path / "config.yaml"
-    file.write_text(config.dump(args, training, file))
+    file.write_text(config.dump(args, training, arguments.trainer_defaults(), file))
     again, same = both(["--config", str(file)])
     assert same.to_dict() == training.to_dict()
     left_out = {"config", "epochs"}

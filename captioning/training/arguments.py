@@ -326,6 +326,12 @@ def trainer_parser():
     return parser
 
 
+def trainer_defaults() -> dict[str, Any]:
+    """The defaults of the Trainer's flags: ours, where they differ from its own."""
+    parser = trainer_parser()
+    return {action.dest: parser.get_default(action.dest) for action in parser._actions}
+
+
 def training_arguments(args: Arguments, rest: Sequence[str]) -> Seq2SeqTrainingArguments:
     """The Trainer's arguments: our defaults, those of this machine, and the words that `read` left.
 

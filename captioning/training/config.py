@@ -17,14 +17,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from captioning import InputError, cli
+from captioning.training import flags
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
 
 FLAG = "--config"
+# Told also where they have their defaults: people look for them, or the defaults are those of the machine.
+ALWAYS = {"seed", "learning_rate", "per_device_train_batch_size", "use_cpu", "bf16", "dataloader_num_workers"}
 LENGTH = {"epochs", "num_train_epochs", "max_steps"}  # they say one thing: of a training's length one is enough
 # What repeats a run is not what it was called with in the shell, nor who may upload it.
-LEFT_OUT = {"config", "resume_from_checkpoint", "help_all", "debug", "hub_token", "local_rank", "parallelism_config"}
+LEFT_OUT = {"config", "resume_from_checkpoint", "help_all", "debug", "hub_token"}
 HEAD = """# Every flag of this run, with its value. To repeat it:
 #
 #     python train.py --config {config} --output_dir ANOTHER_FOLDER
@@ -114,32 +117,46 @@ def _words(name: str, value: Any, default: Any, kind: str) -> list[str]:
     return [f"--{name}={value}"]
 
 
-def dump(args: Any, training: Seq2SeqTrainingArguments, file: Path) -> str:
-    """What `config.yaml` holds: every flag of a run with its value, ours first.
+def dump(args: Any, training: Seq2SeqTrainingArguments, defaults: Mapping[str, Any], file: Path) -> str:
+    """What `config.yaml` holds: every flag of a run that works here, with its value, ours first.
+
+    The Trainer's flags that have their default stand in comments. Some of them are refused where they have no effect.
 
     Args:
         args: our `Arguments`.
+        defaults: {name: default} of the Trainer's flags.
         file: where it will lie, as the user named the folder.
     """
+    ours = {field.name: getattr(args, field.name) for field in dataclasses.fields(args) if field.name not in LEFT_OUT}
+    if ours["freeze_encoder"] == math.inf:
+        ours["freeze_encoder"] = True
+    ours["epochs"] = None if training.max_steps > 0 else training.num_train_epochs
+    theirs = {field.name: getattr(training, field.name) for field in dataclasses.fields(training) if field.init}
+    theirs = {name: theirs[name] for name in theirs if name in flags.WORKS - LEFT_OUT - LENGTH - flags.OURS}
+    if training.max_steps > 0:
+        theirs["max_steps"] = training.max_steps
+    for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):
+        theirs.pop(name)  # another name of activation_checkpointing
+    theirs["report_to"] = list(training.report_to or ()) or "none"
+    told = set(ALWAYS)
+    for strategy, steps in (("eval_strategy", "eval_steps"), ("save_strategy", "save_steps")):
+        if _plain(theirs[strategy]) == "steps":
+            told |= {strategy, steps}
+        else:
+            del theirs[steps]
+    plain = {name: _plain(value) for name, value in theirs.items()}
+    active = {name: value for name, value in plain.items() if name in told or value != _plain(defaults.get(name))}
+    rest = {name: value for name, value in plain.items() if name not in active}
+    head = HEAD.format(config=file)
+    comments = "".join(f"# {line}\n" for line in _yaml(rest).splitlines())
+    own = _yaml({name: _plain(value) for name, value in ours.items()})
+    return f"{head}{own}\n# Of the Trainer:\n{_yaml(active)}\n# These have their defaults:\n{comments}"
+
+
+def _yaml(values: Mapping[str, Any]) -> str:
     import yaml
 
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(args)}
-    if values["freeze_encoder"] == math.inf:
-        values["freeze_encoder"] = True
-    values["epochs"] = None if training.max_steps > 0 else training.num_train_epochs
-    ours = set(values)
-    for field in dataclasses.fields(training):
-        if field.init and field.name not in ours:
-            values[field.name] = getattr(training, field.name)
-    del values["num_train_epochs"]
-    if training.max_steps <= 0:
-        del values["max_steps"]
-    for strategy, steps in (("eval_strategy", "eval_steps"), ("save_strategy", "save_steps")):
-        if getattr(training, strategy).value != "steps":
-            del values[steps]
-    values["report_to"] = list(training.report_to or ()) or "none"
-    plain = {name: _plain(value) for name, value in values.items() if name not in LEFT_OUT}
-    return HEAD.format(config=file) + yaml.safe_dump(plain, sort_keys=False, allow_unicode=True, width=120)
+    return yaml.safe_dump(dict(values), sort_keys=False, allow_unicode=True, width=120) if values else ""
 
 
 def _plain(value: Any) -> Any:
@@ -150,6 +167,4 @@ def _plain(value: Any) -> Any:
         return {str(key): _plain(part) for key, part in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(part) for part in value]
-    if hasattr(value, "to_dict"):
-        return _plain(value.to_dict())
     return value if isinstance(value, bool | int | float | str | None) else str(value)
