@@ -570,7 +570,7 @@ def compare(args: Arguments) -> int:
     for warning in compare.warnings(found, results, args.split):
         cli.note(f"warning: {warning}")
     row_of = {image_id: row for row, image_id in enumerate(split.image_id)}
-    file_names = dict(zip(split.image_id, split.file_name, strict=True))
+    file_names = dict(zip(split.image_id, split.names, strict=True))
     source = description["source"]
     target = args.output or Path(compare.file_name(names, args.split))
     write_whole(target.with_suffix(".csv"), compare.per_image_csv(found, file_names))
@@ -596,7 +596,7 @@ def clip_scores(args: Arguments, split: Split) -> ClipScores | None:
 
     assert args.data_path is not None
     parts.quiet_transformers()
-    return ClipScores(args.clip, device_of(args), split, args.data_path[0] / ".clip")
+    return ClipScores(args.clip, device_of(args), split, cli.prepared_folders(args.data_path)[0] / ".clip")
 
 
 def captions_of(path: str, split: Split, args: Arguments) -> dict[int, str]:
@@ -615,8 +615,7 @@ def captions_of(path: str, split: Split, args: Arguments) -> dict[int, str]:
             return captions
     cli.note(f"{path}: has no captions of this split; its model writes them")
     captions, _ = caption_split(split, replace(args, model_path=path))
-    results = [{"image_id": image_id, "caption": caption} for image_id, caption in captions.items()]
-    write_json(Path(path) / f"scored_{args.split}_predictions.json", results)
+    write_json(Path(path) / f"scored_{args.split}_predictions.json", split.results(captions))
     return captions
 
 

@@ -61,7 +61,7 @@ def test_the_command_line_comes_before_the_file(data, tmp_path):
     file.write_text(f"data_path: {data}\nseed: 3\nepochs: 7\n--packing: false\neval-strategy: no\nsave_strategy: no\n")
     args, training = both([f"--config={file}", f"--output_dir={tmp_path}", "--seed=5", "--max_steps=9", "--packing"])
     assert (training.seed, training.max_steps, args.packing, args.epochs) == (5, 9, True, None)
-    assert training.eval_strategy.value == "no" and args.data_path == data
+    assert training.eval_strategy.value == "no" and args.data_path == [data]
     args, training = both(["--config", str(file), "--output_dir", str(tmp_path)])
     assert (training.seed, training.num_train_epochs, args.packing) == (3, 7, False)
 
