@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     import torch
 
     from captioning.data.folder import Split
+    from captioning.data.predictions import References
     from captioning.model.captioner import Bundle
     from captioning.model.explain import Caption
     from captioning.model.wishes import Wishes
@@ -138,8 +139,11 @@ class Arguments:
         metavar="DIR",
     )
     split: str = flag("test", SCORE, "which of them", choices=("train", "validation", "test"))
-    predictions: Path | None = flag(
-        None, SCORE, "score these captions (COCO results format), without a model", metavar="FILE"
+    predictions: list[Path] | None = flag(
+        None,
+        SCORE,
+        "score these captions, without a model: COCO's results format, or what --output writes",
+        metavar="FILE",
     )
     clip: str | None = flag(
         None, SCORE, "also CLIPScore and RefCLIPScore, by this CLIP: a folder or hub id", metavar="NAME"
@@ -151,6 +155,13 @@ class Arguments:
         "whether that may be chance; writes a page (--output) and the scores of each image as CSV",
         metavar="RUN",
     )
+    references: Path | None = flag(
+        None,
+        SCORE,
+        "an annotation file such as captions_val2014.json, in the place of --data_path",
+        metavar="FILE",
+    )
+    subset: bool = flag(False, SCORE, "score the images that have both a prediction and references, and say how many")
     debug: bool = cli.debug_flag()
 
     def __post_init__(self):
@@ -169,8 +180,10 @@ class Arguments:
     def _check_combinations(self) -> None:
         if self.compare:
             self._check_comparison()
-        if self.clip and not self.data_path:
-            raise InputError("--clip needs --data_path, which holds the images")
+        if self.clip and (not self.data_path or self.annotations):
+            raise InputError("--clip needs --data_path, a folder which holds the images")
+        if self.clip and self.subset:
+            raise InputError("--clip scores whole splits, and --subset parts of them; leave one of them out")
         if self.data_path and (self.json or self.explain or self.alternatives > 1):
             wrong = "json" if self.json else "explain" if self.explain else "alternatives"
             raise InputError(f"--{wrong} is for --image_path, not for scoring a split")
@@ -182,9 +195,14 @@ class Arguments:
         for name, default in (("port", 7860), ("host", "127.0.0.1")):
             if not self.serve and getattr(self, name) != default:
                 raise InputError(f"--{name} needs --serve")
-        if self.predictions and not self.data_path:
-            raise InputError("--predictions needs --data_path, which holds the references")
-        if not self.serve and bool(self.image_path) == bool(self.data_path):
+        if self.predictions and not (self.data_path or self.references):
+            raise InputError("--predictions needs --data_path, which holds the references, or --references")
+        for name in ("references", "subset"):
+            if getattr(self, name) and not self.predictions:
+                raise InputError(f"--{name} needs --predictions, the captions to score")
+        if self.references and self.data_path:
+            raise InputError("--references and --data_path both hold references; give one of them")
+        if not self.serve and bool(self.image_path) == bool(self.data_path or self.references):
             raise InputError("give --image_path to caption images, or --data_path to score a split")
         if self.predictions and self.output:
             raise InputError("--output has no use with --predictions: the scores are written beside that file")
@@ -232,13 +250,24 @@ class Arguments:
                 check_target(file, f"--{name}")
         if not (self.predictions or self.compare) and "/" not in self.model_path and not Path(self.model_path).is_dir():
             raise InputError(f"--model_path '{self.model_path}' is not a folder; did you run train.py?")
-        if self.data_path:
-            cli.prepared_folders(self.data_path)
-        if self.data_path and not self.compare:  # before hours of captioning: where the scores go
-            beside = (self.predictions or self.output or Path(self.model_path, "any")).parent
+        if self.annotations and not self.annotations.is_file():
+            raise InputError(
+                f"--references '{self.annotations}' is not a file; name captions_val2014.json, for example"
+            )
+        if not (self.image_path or self.compare):  # before hours of captioning: where the scores go
+            beside = (self.predictions[0] if self.predictions else self.output or Path(self.model_path, "any")).parent
             for pattern in ("scored_*.json", "*_per_image.json"):
                 for file in beside.glob(pattern):
                     check_target(file)
+        if self.data_path and not self.annotations:
+            cli.prepared_folders(self.data_path)
+
+    @property
+    def annotations(self) -> Path | None:
+        """The file that holds the references, where no prepared folder does."""
+        if self.predictions and self.data_path and self.data_path[0].is_file():
+            return self.data_path[0]
+        return self.references
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -252,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
         return 0
     if args.compare:
         return compare(args)
-    return score(args) if args.data_path else caption_images(args)
+    return caption_images(args) if args.image_path else score(args)
 
 
 def load_model(args: Arguments) -> Bundle:
@@ -502,46 +531,56 @@ def json_line(entry: dict[str, Any]) -> str:
 
 
 def score(args: Arguments) -> int:
-    """Score a run folder, or a results file, on a split of `--data_path`."""
+    """Score a run folder on a split of `--data_path`, or anybody's captions on that or on an annotation file."""
     from captioning.data.facts import more_scores
-    from captioning.data.folder import in_parts, load_prepared
+    from captioning.data.predictions import read_predictions, read_references
     from captioning.scores import bootstrap, metrics
     from captioning.show import tables
     from captioning.show.run_folder import diversity_of, scores_of
 
-    assert args.data_path is not None
-    splits, description = load_prepared(cli.prepared_folders(args.data_path))
-    split = splits[args.split]
-    references = dict(zip(split.image_id, split.captions, strict=True))
+    split = None
+    if args.annotations:
+        references = read_references(args.annotations, args.split)
+    else:
+        split, references = prepared_split(args)
+    settings: dict[str, Any] = {}
     # Names of their own: the run folder's results.json and predictions_test.json stay what train.py wrote.
     if args.predictions:
-        predictions = read_predictions(args.predictions, references)
-        target = args.predictions.with_name(f"{args.predictions.stem}_scores_per_image.json")
+        predictions = read_predictions(args.predictions, references, args.subset).captions
+        target = args.predictions[0].with_name(f"{args.predictions[0].stem}_scores_per_image.json")
     else:
+        assert split is not None
         predictions, settings = caption_split(split, args)
         folder = Path(args.model_path) if Path(args.model_path).is_dir() else Path()
         file = args.output or folder / f"scored_{args.split}_predictions.json"
         write_json(file, split.results(predictions))
         cli.note(f"captions written to {file}")
         target = file.with_name(f"scored_{args.split}_per_image.json")
-    found = metrics.evaluate(predictions, references, more=more_scores(description["source"]))
-    if clip := clip_scores(args, split):
-        found = clip(found, predictions)
+    captions = {image_id: references.captions[image_id] for image_id in predictions}
+    found = metrics.evaluate(predictions, captions, more=more_scores(references.source))
+    results = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
+    if split is not None:
+        if len(predictions) < len(split):
+            split = split.select(row for row, image_id in enumerate(split.image_id) if image_id in predictions)
+        results = split.results(predictions)
+        if clip := clip_scores(args, split):
+            found = clip(found, predictions)
     per_image = found.per_image()
-    each = [{**entry, **per_image[entry["image_id"]]} for entry in split.results(predictions)]
+    each = [{**entry, **per_image[entry["image_id"]]} for entry in results]
     write_json(target, sorted(each, key=lambda row: row["cider_d"]))
     cli.note(f"scores of each image, the worst first, written to {target}")
-    scores = scores_of(found) | {"diversity": diversity_of(predictions, references)}
+    scores, protocol = scores_of(found) | {"diversity": diversity_of(predictions, captions)}, found.protocol
+    if len(captions) < len(references.captions):
+        protocol += f"; a subset: {len(captions):,} of {len(references.captions):,} images"
     if not args.predictions:
-        told: dict[str, Any] = {"protocol": found.protocol, "interval": bootstrap.PROTOCOL, "split": args.split}
-        told |= {"data": description["source"], "decoding": settings}
+        told: dict[str, Any] = {"protocol": protocol, "interval": bootstrap.PROTOCOL, "split": args.split}
+        told |= {"data": references.source, "decoding": settings}
         write_json(target.with_name(f"scored_{args.split}_results.json"), told | scores)
-    cli.note(
-        f"{args.split} split, {len(split):,} images, {description['source']}{in_parts(description)}; {found.protocol}"
-    )
+    where = "" if args.annotations else f"{args.split} split, "
+    cli.note(f"{where}{len(captions):,} images, {references.source}{references.parts}; {protocol}")
     cli.note(f"in brackets: {bootstrap.PROTOCOL}; signature: {found.signature}")
-    warn_of_monotony(list(predictions.values()), [references[image_id] for image_id in predictions])
-    print(tables.scores({args.split: scores}))
+    warn_of_monotony(list(predictions.values()), list(captions.values()))
+    print(tables.scores({"references" if args.annotations else args.split: scores}))
     print(f"\n{tables.diversity(**scores['diversity'])}")
     return 0
 
@@ -549,21 +588,20 @@ def score(args: Arguments) -> int:
 def compare(args: Arguments) -> int:
     """Compare the captioners of `--compare` on a split of `--data_path`."""
     from captioning.data.facts import more_scores
-    from captioning.data.folder import load_prepared
     from captioning.scores import bootstrap
     from captioning.show import compare, wording
 
     assert args.data_path is not None and args.compare is not None
-    splits, description = load_prepared(cli.prepared_folders(args.data_path))
-    split = splits[args.split]
-    references = dict(zip(split.image_id, split.captions, strict=True))
+    split, references = prepared_split(args)
     names = compare.short_names(args.compare)
-    captions = {name: captions_of(path, split, args) for name, path in zip(names, args.compare, strict=True)}
+    captions = {
+        name: captions_of(path, split, references, args) for name, path in zip(names, args.compare, strict=True)
+    }
     results = [compare.results_of(path, args.split) for path in args.compare]
     found = compare.compare(
         captions,
-        references,
-        more_scores(description["source"]),
+        references.captions,
+        more_scores(references.source),
         compare.differ_in_seeds_alone(results),
         clip_scores(args, split),
     )
@@ -571,7 +609,7 @@ def compare(args: Arguments) -> int:
         cli.note(f"warning: {warning}")
     row_of = {image_id: row for row, image_id in enumerate(split.image_id)}
     file_names = dict(zip(split.image_id, split.names, strict=True))
-    source = description["source"]
+    source = references.source
     target = args.output or Path(compare.file_name(names, args.split))
     write_whole(target.with_suffix(".csv"), compare.per_image_csv(found, file_names))
     page = compare.page(
@@ -599,16 +637,17 @@ def clip_scores(args: Arguments, split: Split) -> ClipScores | None:
     return ClipScores(args.clip, device_of(args), split, cli.prepared_folders(args.data_path)[0] / ".clip")
 
 
-def captions_of(path: str, split: Split, args: Arguments) -> dict[int, str]:
+def captions_of(path: str, split: Split, references: References, args: Arguments) -> dict[int, str]:
     """The captions of a split by a run or a file: those that lie there, or else those that the run's model gives."""
-    references = dict(zip(split.image_id, split.captions, strict=True))
+    from captioning.data.predictions import read_predictions
+
     if Path(path).is_file():
-        return read_predictions(Path(path), references)
+        return read_predictions([Path(path)], references).captions
     for name in (f"predictions_{args.split}.json", f"scored_{args.split}_predictions.json"):
         file = Path(path) / name
         if file.is_file():
             try:
-                captions = read_predictions(file, references)
+                captions = read_predictions([file], references).captions
             except InputError:
                 continue  # captions of other data: the model was trained elsewhere
             cli.note(f"{path}: captions of {name}")
@@ -617,6 +656,19 @@ def captions_of(path: str, split: Split, args: Arguments) -> dict[int, str]:
     captions, _ = caption_split(split, replace(args, model_path=path))
     write_json(Path(path) / f"scored_{args.split}_predictions.json", split.results(captions))
     return captions
+
+
+def prepared_split(args: Arguments) -> tuple[Split, References]:
+    """`--split` of `--data_path`, and what people wrote about its images."""
+    from captioning.data.folder import in_parts, load_prepared
+    from captioning.data.predictions import References
+
+    assert args.data_path is not None
+    splits, description = load_prepared(cli.prepared_folders(args.data_path))
+    split = splits[args.split]
+    names = dict(zip(split.image_id, split.names, strict=True))
+    captions = dict(zip(split.image_id, split.captions, strict=True))
+    return split, References(captions, names, description["source"], in_parts(description))
 
 
 def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[str, Any]]:
@@ -637,35 +689,6 @@ def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[s
 
 def write_json(file: Path, content: Any) -> None:
     write_whole(file, json_text(content, indent=1) + "\n")
-
-
-def read_predictions(file: Path, references: dict[int, list[str]]) -> dict[int, str]:
-    """Captions by image id from a file in COCO's results format."""
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-        predictions = {entry["image_id"]: entry["caption"] for entry in content}
-        for image_id, caption in predictions.items():
-            if type(image_id) is not int or not isinstance(caption, str):
-                raise TypeError(f"image_id {image_id!r}, caption {caption!r}")
-    except OSError as error:
-        raise InputError(f"cannot read --predictions '{file}': {error.strerror}") from None
-    except (UnicodeDecodeError, json.JSONDecodeError, KeyError, TypeError) as error:
-        raise InputError(
-            f"--predictions '{file}' is not in COCO's results format, a list of "
-            f'{{"image_id": int, "caption": str}} ({type(error).__name__}: {error})'
-        ) from None
-    if len(predictions) != len(content):
-        raise InputError(f"--predictions '{file}' captions an image twice; keep one caption per image")
-    for ids, problem in (
-        (references.keys() - predictions.keys(), "of the split have no prediction"),
-        (predictions.keys() - references.keys(), "are captioned and not in the split"),
-    ):
-        if ids:
-            raise InputError(
-                f"--predictions '{file}': {len(ids):,} images {problem}, such as {min(ids)}; "
-                "it has to caption each image of the --split once"
-            )
-    return predictions
 
 
 if __name__ == "__main__":

@@ -547,11 +547,6 @@ REFUSED: dict[str, Row] = {
         predictions(lambda entries: [{**entry, "image_id": entry["image_id"] + 10**6} for entry in entries]),
         r"4 images of the split have no prediction, such as \d+; it has to caption each",
     ),
-    "ids in words": (
-        "inference",
-        predictions(lambda entries: [{**entry, "image_id": str(entry["image_id"])} for entry in entries]),
-        f"{FORMAT}.*image_id '",
-    ),
     "no predictions": ("inference", predictions(lambda entries: []), "4 images of the split have no prediction"),
     "predictions of more than the split": (
         "inference",

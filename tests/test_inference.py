@@ -243,6 +243,10 @@ def test_urls(run, pictures):
         (["--data_path", "x", "--json"], "--json is for --image_path"),
         (["--image_path", "x.jpg", "--model_path", "nope"], "did you run train.py?"),
         (["--data_path", "x", "--model_path", "/"], "did you run it?"),
+        (["--predictions", "x.json", "--references", "/no/such.json"], "--references '/no/such.json' is not a file"),
+        (["--references", "x.json"], "--references needs --predictions"),
+        (["--data_path", "x", "--subset"], "--subset needs --predictions"),
+        (["--predictions", "x.json", "--references", "a", "--data_path", "b"], "both hold references"),
         (["--data_path", "x", "--split", "dev"], "invalid choice: 'dev'"),
     ],
 )
@@ -358,7 +362,7 @@ def test_anybodys_captions_are_scored(prepared, tmp_path, capsys):
     ("content", "message"),
     [
         ("no json", "not in COCO's results format"),
-        ('{"1": "a"}', "not in COCO's results format"),
+        ('{"1": ["a", "b"]}', "not in COCO's results format"),
         ('[{"image_id": 1}]', "not in COCO's results format"),
         ('[{"image_id": 1, "caption": "a"}, {"image_id": 1, "caption": "b"}]', "captions an image twice"),
         ('[{"image_id": -5, "caption": "a"}]', "have no prediction"),
