@@ -20,9 +20,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import glob
-import json
-import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -31,8 +28,9 @@ from typing import TYPE_CHECKING, Any
 
 from captioning import InputError, cli
 from captioning.cli import flag
-from captioning.data.images import SUFFIXES as IMAGE_SUFFIXES
-from captioning.files import check_target, json_text, write_whole
+from captioning.data.sources import Picture, Source, expand, part_of, pictures
+from captioning.files import check_target, fingerprint, json_text, write_whole
+from captioning.show import entries, outputs
 
 if TYPE_CHECKING:
     import torch
@@ -46,10 +44,15 @@ if TYPE_CHECKING:
 
 MOST_ALTERNATIVES = 100  # each is a beam, which takes memory
 
+ENOUGH_TO_WARN = 10_000  # captions: whether they are all the same is seen by then
+
 WHAT, FORM = "what to caption", "what to say"
+KEEP = "where to keep it (default: stdout); each caption is on disk as soon as it is made"
 HOW = "how (default: what the model was saved with)"
 ASKED = "captions as you ask for them (default: as the model writes them)"
+NO_MATTER = ("explain", "explain_layers", "batch_size", "device", "debug")  # to the captions
 PAGE, SCORE = "a page in the browser instead (pip install gradio)", "scoring instead"
+ELSEWHERE = (WHAT, KEEP, PAGE, SCORE)  # flags that do not decide the captions
 
 
 @dataclass(frozen=True)
@@ -60,10 +63,37 @@ class Arguments:
         InputError: a value cannot be, or two flags exclude each other.
     """
 
-    image_path: list[str] | None = flag(None, WHAT, "URLs, files, folders or globs", metavar="PATH")
+    image_path: list[str] | None = flag(
+        None,
+        WHAT,
+        "URLs, files, folders, globs, archives (.zip, .tar), lists of paths (.txt, or - for stdin)",
+        metavar="PATH",
+    )
     model_path: str = flag("vit-gpt2-coco", WHAT, "a run folder (default: ./vit-gpt2-coco)")
 
-    output: Path | None = flag(None, FORM, "write a JSON list of {path, caption}", metavar="FILE")
+    recursive: bool = flag(True, WHAT, "also the images in the folders inside a folder")
+    shard: str | None = flag(
+        None,
+        WHAT,
+        "caption one of N equal parts, as many machines may do at a time: 1/4 is the first of four; each writes an "
+        "--output of its own, such as captions.1-of-4.json",
+        metavar="I/N",
+    )
+
+    output: Path | None = flag(
+        None,
+        KEEP,
+        "a file of captions, and of the reasons why images have none: .json, .jsonl, .csv or .tsv; the same command "
+        "goes on where it stopped",
+        metavar="FILE",
+    )
+    sidecar: str | None = flag(
+        None, KEEP, "a text beside each image: photo.txt beside photo.jpg", choices=(".txt", ".caption")
+    )
+    metadata: bool = flag(False, KEEP, "metadata.jsonl in the folder of images, which makes it an ImageFolder")
+    append: bool = flag(False, KEEP, "write more into a file that another model, other settings or somebody else made")
+    overwrite: bool = flag(False, KEEP, "replace the captions that are there")
+
     json: bool = flag(
         False,
         FORM,
@@ -187,6 +217,9 @@ class Arguments:
         if self.data_path and (self.json or self.explain or self.alternatives > 1):
             wrong = "json" if self.json else "explain" if self.explain else "alternatives"
             raise InputError(f"--{wrong} is for --image_path, not for scoring a split")
+        if self.shard is not None and self.part is None:
+            raise InputError(f"--shard {self.shard} is not a part such as 1/4, the first of four")
+        self._check_outputs()
         if self.explain_layers and not (self.explain or self.serve):
             raise InputError("--explain_layers needs --explain or --serve")
         for name in ("image_path", "data_path", "output", "json", "explain"):
@@ -241,6 +274,28 @@ class Arguments:
                 "leave one of them out"
             )
 
+    def _check_outputs(self) -> None:
+        keeping = [name for name in ("output", "sidecar", "metadata") if getattr(self, name)]
+        for name in ("sidecar", "metadata", "append", "overwrite", "shard"):
+            if getattr(self, name) and not self.image_path:
+                raise InputError(f"--{name} is for --image_path")
+        if self.append and self.overwrite:
+            raise InputError("--append keeps the captions that are there, and --overwrite does not; give one of them")
+        if self.overwrite and not keeping:
+            raise InputError("--overwrite needs --output, --sidecar or --metadata")
+        if self.append and not (self.output or self.metadata):
+            raise InputError("--append is for --output and --metadata; a text beside an image stays as it is")
+        if self.image_path and self.output and self.output.suffix.lower() not in outputs.ENDINGS:
+            raise InputError(f"--output '{self.output}' ends in none of {', '.join(outputs.ENDINGS)}; name such a file")
+        if self.json and self.output and self.output.suffix.lower() in (".csv", ".tsv"):
+            raise InputError(
+                f"--json has tokens, for which '{self.output}' has no cells; name a .json or a .jsonl file"
+            )
+        if self.metadata and (len(self.image_path or []) != 1 or not Path((self.image_path or [""])[0]).is_dir()):
+            raise InputError("--metadata describes one folder of images; give --image_path that folder alone")
+        if self.metadata and self.shard:
+            raise InputError("--metadata is one file, which no two machines can write; use --output with --shard")
+
     def _check_paths(self) -> None:
         for name in ("output", "explain"):
             file = getattr(self, name)
@@ -261,6 +316,26 @@ class Arguments:
                     check_target(file)
         if self.data_path and not self.annotations:
             cli.prepared_folders(self.data_path)
+
+    @property
+    def part(self) -> tuple[int, int] | None:
+        """`--shard` as two numbers."""
+        number, _, parts = (self.shard or "").partition("/")
+        if number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts):
+            return int(number), int(parts)
+        return None
+
+    def made_with(self) -> dict[str, Any]:
+        """What decides the captions: the model, and each flag that is not as it is by default."""
+        folder = Path(self.model_path)
+        made: dict[str, Any] = {"model": self.model_path}
+        if folder.is_dir():
+            made = {"model": folder.resolve().name, "weights": fingerprint(folder)}
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            if field.metadata["group"] not in ELSEWHERE and field.name not in NO_MATTER and value != field.default:
+                made[field.name] = value
+        return made
 
     @property
     def annotations(self) -> Path | None:
@@ -336,39 +411,68 @@ def _best_device(torch) -> str:
 
 def caption_images(args: Arguments) -> int:
     """Caption `--image_path`; returns the exit code."""
-    paths = expand(args.image_path or [])
-    if args.explain and len(paths) > 1:
-        raise InputError(f"--explain draws one image, and --image_path names {len(paths):,}; give one of them")
-    if not any("://" in path or os.path.isfile(path) for path in paths):
-        # Nothing to caption at all: say so before the model is loaded.
-        from captioning.data import images
-
-        images.read_bytes(paths[0])
-    bundle = load_model(args)
-    failures: list[str] = []
-    entries, captions = [], []
-    for entry in make_entries(paths, bundle, args, failures):
-        captions.append(entry["caption"])
-        if args.output:
-            entries.append(entry)
-        else:
-            print(shown(entry, args, named=len(paths) > 1), flush=True)
-    done = len(paths) - len(failures)
-    if len(paths) == 1 and failures:
+    sources = part_of(expand(args.image_path or [], args.recursive), args.part)
+    if args.explain and len(sources) > 1:
+        raise InputError(f"--explain draws one image, and --image_path names {len(sources):,}; give one of them")
+    if not any(source.is_there() for source in sources):
+        sources[0].read()  # nothing to caption at all: say so before the model is loaded
+    with open_outputs(args, sources) as out:
+        left = [source for source in sources if not out.has(source)]
+        if len(left) < len(sources):
+            cli.note(f"{len(sources) - len(left):,} of {len(sources):,} images are in {out} already, and are skipped")
+        done, failures = write_captions(args, left, out) if left else (0, [])
+    if len(sources) == 1 and failures:
         raise InputError(failures[0])
-    warn_of_monotony(captions)
-    if args.output:
-        if args.json:
-            write_whole(args.output, "".join(json_line(entry) + "\n" for entry in entries))
-        else:
-            write_json(args.output, entries)
-        cli.note(f"{done:,} captions written to {args.output}")
+    if out and done:
+        cli.note(f"{done:,} captions written to {out}")
     if failures:
-        cli.note(f"{len(failures):,} of {len(paths):,} images could not be captioned:")
+        cli.note(f"{len(failures):,} of {len(left):,} images could not be captioned:")
         for failure in failures:
             cli.note(f"  {failure}")
-        return 1 if done else 2
+        return 1 if done or len(left) < len(sources) else 2
     return 0
+
+
+def open_outputs(args: Arguments, sources: Sequence[Source]) -> outputs.Outputs:
+    """Where the captions go; none, if they go to stdout."""
+    mode: outputs.Mode = "overwrite" if args.overwrite else "append" if args.append else "continue"
+    out = outputs.Outputs()
+    if args.output:
+        file = outputs.of_shard(args.output, args.part)
+        out.output = outputs.Captions(file, args.made_with(), mode, entries.columns(args.alternatives))
+    if args.metadata:
+        file = Path(sources[0].root, "metadata.jsonl")
+        out.metadata = outputs.Captions(file, args.made_with(), mode, key="file_name")
+    if args.sidecar:
+        out.sidecars = outputs.Sidecars(args.sidecar, sources, args.overwrite)
+    return out
+
+
+def write_captions(args: Arguments, sources: Sequence[Source], out: outputs.Outputs) -> tuple[int, list[str]]:
+    """Caption images, each written or printed as soon as it is made; how many, and why others have no caption."""
+    failures: list[str] = []
+    captions: list[str] = []
+    done = 0
+
+    def failed(source: Source, reason: str) -> None:
+        failures.append(reason)
+        out.fail(source, reason)
+
+    bundle = load_model(args)
+    try:
+        for source, entry in make_entries(sources, bundle, args, failed, out.flush):
+            done += 1
+            if out:
+                out.write(source, entry)
+            else:
+                print(entries.shown(entry, args.json, args.alternatives > 1, named=len(sources) > 1), flush=True)
+            if len(captions) < ENOUGH_TO_WARN:
+                captions.append(entry["caption"])
+    except KeyboardInterrupt:
+        kept = f"; {done:,} captions were written to {out}, and the same command goes on from there" if out else ""
+        raise KeyboardInterrupt(f"stopped{kept}") from None
+    warn_of_monotony(captions)
+    return done, failures
 
 
 def warn_of_monotony(captions: list[str], references: Sequence[Sequence[str]] = ()) -> None:
@@ -379,118 +483,46 @@ def warn_of_monotony(captions: list[str], references: Sequence[Sequence[str]] = 
         cli.note(f"warning: {cli.printable(warning)}")
 
 
-def expand(paths: list[str]) -> list[str]:
-    """URLs and files as they are, folders and globs as the image files in them, in order and each once."""
-    found: dict[str, None] = {}
-    for path in paths:
-        if "://" in path or os.path.isfile(path):
-            matches = [path]
-        elif os.path.isdir(path):
-            matches = sorted(str(file) for file in Path(path).rglob("*") if _is_image(file))
-            if not matches:
-                raise InputError(f"folder '{path}' holds no images ({', '.join(sorted(IMAGE_SUFFIXES))})")
-        elif glob.has_magic(path):
-            matches = sorted(file for file in glob.glob(path, recursive=True) if Path(file).is_file())
-            if not matches:
-                raise InputError(f"nothing matches '{path}'; check the pattern")
-        else:
-            matches = [path]  # reading it will say what is wrong with it
-        found.update(dict.fromkeys(matches))
-    return list(found)
-
-
-def _is_image(file: Path) -> bool:
-    return file.is_file() and file.suffix.lower() in IMAGE_SUFFIXES and not file.name.startswith(".")
-
-
-def make_entries(paths: list[str], bundle: Bundle, args: Arguments, failures: list[str]) -> Iterator[dict[str, Any]]:
-    """What `--json` says of each image that can be read; the reasons why others cannot are added to `failures`."""
+def make_entries(
+    sources: Sequence[Source],
+    bundle: Bundle,
+    args: Arguments,
+    failed: Callable[[Source, str], None],
+    after_batch: Callable[[], None],
+) -> Iterator[tuple[Source, entries.Entry]]:
+    """What is said of each image that can be read; `failed` is told why others cannot."""
     from captioning.model import explain, generate, parts
 
     # Twice what is needed: the decoder may skip detail that nobody will see, the resize stays the one of training.
     side = 2 * parts.resized_side(bundle.image_processor)
-    pictures = read_images(paths, side, bundle.pixels if args.explain is None else None, args.batch_size, failures)
-    with_pixels = ((picture, picture.content) for picture in pictures)
+    prepare = bundle.pixels if args.explain is None else None
+    read = pictures(sources, side, prepare, max(2 * args.batch_size, 16), failed)
+    with_pixels = ((picture, picture.content) for picture in read)
     made: Iterator[tuple[Picture, Any, float]]
     if args.explain:
-        made = explained(bundle, pictures, args)
-    elif args.json or args.alternatives > 1:
-        best = functools.partial(explain.best_captions, count=args.alternatives)
-        made = generate.in_batches(bundle, with_pixels, args.batch_size, best, len(paths))
+        made = explained(bundle, read, args)
     else:
-        made = generate.in_batches(bundle, with_pixels, args.batch_size, generate.generate, len(paths))
+        make: Callable[..., Sequence[Any]] = generate.generate
+        if args.json or args.alternatives > 1:
+            make = functools.partial(explain.best_captions, count=args.alternatives)
+        made = generate.in_batches(bundle, with_pixels, args.batch_size, make, len(sources), after_batch=after_batch)
     for picture, found, seconds in made:
-        # A file name need not be UTF-8; JSON has to be.
-        entry: dict[str, Any] = {"path": os.fsencode(picture.path).decode("utf-8", "replace")}
-        if isinstance(found, str):
-            entry["caption"] = found
-        else:
-            entry |= {"caption": found[0].text, "score": round(found[0].score, 6)}
-            if args.json:
-                entry["tokens"] = token_list(bundle.tokenizer, found[0])
-            entry["alternatives"] = [{"caption": one.text, "score": round(one.score, 6)} for one in found]
-            if args.json:
-                entry["seconds"] = {"read": round(picture.seconds, 4), "generate": round(seconds, 4)}
-        yield entry
-
-
-@dataclass(frozen=True)
-class Picture:
-    """An image that was read: an RGB image, or uint8 pixels (3, height, width) ready for the model."""
-
-    path: str
-    content: Any
-    seconds: float  # that reading took
-
-
-def read_images(
-    paths: list[str], side: int, prepare: Callable | None, batch_size: int, failures: list[str]
-) -> Iterator[Picture]:
-    """The images in order, read in the background while the model works, a few batches ahead and no more.
-
-    Args:
-        side: pixels; larger images may be decoded at a smaller size whose shorter side is at least this.
-        prepare: makes pixels of an image; None: the image is given as it is.
-        failures: the reasons of images that cannot be read are added.
-    """
-    from concurrent.futures import Future, ThreadPoolExecutor
-
-    from captioning.data import images
-
-    def read(path: str) -> Picture | InputError:
-        began = time.perf_counter()
-        try:
-            image = images.open_image(path, min_side=side)
-            content = prepare(image) if prepare else image
-        except InputError as error:
-            return error
-        return Picture(path, content, time.perf_counter() - began)
-
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        ahead = max(2 * batch_size, 16)
-        waiting: list[Future] = []
-        for position in range(len(paths) + ahead):
-            if position < len(paths):
-                waiting.append(pool.submit(read, paths[position]))
-            if position >= ahead or position >= len(paths):
-                if not waiting:
-                    return
-                result = waiting.pop(0).result()
-                if isinstance(result, InputError):
-                    failures.append(str(result))
-                else:
-                    yield result
+        entry = entries.entry(picture.source.name, found)
+        if args.json and not isinstance(found, str):
+            entry["tokens"] = entries.token_list(bundle.tokenizer, found[0])
+            entry["seconds"] = {"read": round(picture.seconds, 4), "generate": round(seconds, 4)}
+        yield picture.source, entry
 
 
 def explained(
-    bundle: Bundle, pictures: Iterable[Picture], args: Arguments
+    bundle: Bundle, read: Iterable[Picture], args: Arguments
 ) -> Iterator[tuple[Picture, list[Caption], float]]:
     """Caption each picture, and draw where the model looked."""
     from captioning.model import explain
     from captioning.show import pages
 
     assert args.explain is not None
-    for picture in pictures:
+    for picture in read:
         began = time.perf_counter()
         explanation = explain.explain(bundle, picture.content, args.alternatives, args.explain_layers)
         seconds = time.perf_counter() - began
@@ -499,32 +531,6 @@ def explained(
         pages.draw_explanation(picture.content, text, words, args.explain, region=region)
         cli.note(f"explanation written to {args.explain}")
         yield picture, explanation.alternatives, seconds
-
-
-def shown(entry: dict[str, Any], args: Arguments, named: bool) -> str:
-    """What stdout says of an image: JSON, or its caption, after its path if it is `named`."""
-    if args.json:
-        return json_line(entry)
-    rows = [[entry["caption"]]]
-    if args.alternatives > 1:
-        rows = [[f"{one['score']:.4f}", one["caption"]] for one in entry["alternatives"]]
-    first = [entry["path"]] if named else []
-    return "\n".join("\t".join(map(cli.printable, [*first, *row])) for row in rows)
-
-
-def token_list(tokenizer, caption: Caption) -> list[dict[str, Any]]:
-    """A caption's tokens as they are written to JSON; one that is half a letter reads as a replacement character."""
-    texts = tokenizer.batch_decode([[token] for token in caption.tokens], clean_up_tokenization_spaces=False)
-    return [
-        {"id": token, "text": text, "log_probability": round(value, 6)}
-        for token, text, value in zip(caption.tokens, texts, caption.log_probabilities, strict=True)
-    ]
-
-
-def json_line(entry: dict[str, Any]) -> str:
-    """One line of JSON that reads as it is meant in a terminal: letters as they are, control characters escaped."""
-    text = json_text(entry)
-    return "".join(char if char.isprintable() else json.dumps(char)[1:-1] for char in text)
 
 
 # ---- scores

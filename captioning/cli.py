@@ -146,7 +146,8 @@ def parse_known(
     namespace, rest = parser.parse_known_args(words)
     for word in rest:
         option = word.split("=")[0]
-        if word.startswith("-") and option not in known and not re.match(r"-\.?\d", word):  # a negative number
+        # Neither stdin nor a negative number is a flag.
+        if word.startswith("-") and option not in known and not re.fullmatch(r"-|-\.?\d.*", word):
             parser.error(f"unknown flag {option}; {hint(option, known)}")
     if positional and rest and not getattr(namespace, positional):
         setattr(namespace, positional, rest)

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import glob
+import hashlib
 import json
 import math
 import os
@@ -157,9 +159,13 @@ def refuse_links(folder: Path, what: str) -> None:
                 raise InputError(f"'{path}' is not a regular file; remove it, or name another folder than '{folder}'")
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what processes that were killed inside `replacing` left in `folder`."""
-    for part in folder.glob(".[0-9]*.*"):
+def remove_leftovers(folder: Path, name: str = "") -> None:
+    """Remove what processes that were killed inside `replacing` left in `folder`.
+
+    Args:
+        name: of the file that they were to replace, where the folder is the user's; "": of any.
+    """
+    for part in folder.glob(f".[0-9]*.{'*.' + glob.escape(name[-50:]) if name else '*'}"):
         process = part.name.split(".")[1]
         if process.isdecimal() and not _is_running(int(process)):
             part.unlink(missing_ok=True)
@@ -249,6 +255,20 @@ def is_whole_safetensors(path: Path) -> bool:
             return True
     except (OSError, SafetensorError):
         return False
+
+
+def fingerprint(folder: Path) -> str:
+    """A few letters that change with the model, tokenizer or settings in a folder; weights are read in samples."""
+    digest = hashlib.sha256()
+    for path in sorted(folder.iterdir()):
+        if path.suffix in (".safetensors", ".bin") or path.name.endswith(("config.json", "tokenizer.json")):
+            size = path.stat().st_size
+            digest.update(f"{path.name} {size}".encode())
+            with path.open("rb") as file:
+                for at in range(0, size, max(size // 64, 1)):
+                    file.seek(at)
+                    digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def is_full_disk(error: BaseException) -> bool:

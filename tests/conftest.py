@@ -99,6 +99,29 @@ def few(prepared, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def untrained(tmp_path_factory) -> Path:
+    """A run folder of a tiny model with random weights, where it does not matter what the captions say: seconds."""
+    from toy import toy_tokenizer
+    from transformers import set_seed
+
+    from captioning.model import captioner, parts
+
+    folder = tmp_path_factory.mktemp("untrained") / "run"
+    folder.mkdir()
+    set_seed(0)
+    tokenizer = toy_tokenizer()
+    model = captioner.build("tiny", "tiny", tokenizer)
+    model.generation_config.max_new_tokens = 8
+    # Random weights would write half letters and control characters too.
+    words = [
+        not text.strip().isalpha() for text in tokenizer.batch_decode([[token] for token in range(len(tokenizer))])
+    ]
+    model.generation_config.suppress_tokens = [token for token, odd in enumerate(words) if odd and token]
+    captioner.save(captioner.Bundle(model, tokenizer, parts.load_image_processor("tiny")), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def trained(prepared, tmp_path_factory) -> Path:
     """A run folder after two epochs, made by `train.py` as a user would run it."""
     folder = tmp_path_factory.mktemp("trained") / "run"

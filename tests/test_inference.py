@@ -19,6 +19,7 @@ import inference
 import train
 from captioning import InputError
 from captioning.scores.metrics import coco_scores
+from captioning.show import entries
 
 
 @pytest.fixture(scope="module")
@@ -88,16 +89,16 @@ def test_globs_files_and_repeats(run, pictures):
 def test_output_writes_json(run, pictures, tmp_path):
     code, out, _ = run("--image_path", pictures, "--output", tmp_path / "captions.json")
     assert (code, out) == (0, "")
-    entries = json.loads((tmp_path / "captions.json").read_text())
-    assert len(entries) == 7 and all(set(entry) == {"path", "caption"} for entry in entries)
-    assert [path.name for path in tmp_path.iterdir()] == ["captions.json"]
+    found = json.loads((tmp_path / "captions.json").read_text())
+    assert len(found) == 7 and all(set(entry) == {"path", "caption"} for entry in found)
+    assert {path.name for path in tmp_path.iterdir()} == {"captions.json", ".captions.json.made_with"}
 
 
 def test_json_says_everything_of_each_image(run, pictures, tmp_path):
     code, out, _ = run("--image_path", pictures, "--json", "--alternatives", 3, "--batch_size", 4)
-    entries = [json.loads(line) for line in out.splitlines()]
-    assert code == 0 and len(entries) == 7
-    for entry in entries:
+    found = [json.loads(line) for line in out.splitlines()]
+    assert code == 0 and len(found) == 7
+    for entry in found:
         assert set(entry) == {"path", "caption", "score", "tokens", "alternatives", "seconds"}
         values = [token["log_probability"] for token in entry["tokens"]]
         assert max(values) <= 0 and entry["score"] == pytest.approx(sum(values) / len(values), abs=1e-5)
@@ -116,7 +117,7 @@ def test_json_says_everything_of_each_image(run, pictures, tmp_path):
 
 def test_a_line_of_json_shows_letters_and_escapes_what_drives_a_terminal():
     entry = {"caption": "кот \x1b[31m \x9b \u2028 \U000e0001 \ud800 日本", "path": "a\tb"}
-    line = inference.json_line(entry)
+    line = entries.json_line(entry)
     assert line.isprintable() and "кот" in line and "日本" in line
     assert json.loads(line) == entry
 
@@ -168,7 +169,7 @@ def test_a_file_name_need_not_be_utf8(run, pictures, tmp_path):
         return  # a file system that only knows UTF-8 cannot have such a file
     output = tmp_path / "captions.json"
     code, _, _ = run("--image_path", tmp_path, "--output", output)
-    assert code == 0 and "caf\ufffd.jpg" in json.loads(output.read_text())[0]["path"]
+    assert code == 0 and "caf\\xe9.jpg" in json.loads(output.read_text())[0]["path"]
 
 
 def test_in_a_batch_the_good_ones_are_captioned_and_the_bad_ones_listed(run, pictures, tmp_path):

@@ -113,6 +113,7 @@ def in_batches(
     make: Callable[[Bundle, torch.Tensor], Sequence[Made]],
     total: int | None = None,
     description: str | None = None,
+    after_batch: Callable[[], None] = lambda: None,
 ) -> Iterator[tuple[Key, Made, float]]:
     """Each picture's key with what `make` makes of it, and its share of the seconds; a bar on stderr shows the rate.
 
@@ -120,6 +121,7 @@ def in_batches(
         pictures: their contents are uint8 pixels (3, height, width).
         make: takes the bundle and normalised pixels, (batch, channels, height, width); returns one thing per image.
         total: how many pictures there are; no bar is shown for one batch.
+        after_batch: called when everything of a batch has been taken.
     """
     pictures = iter(pictures)
     with cli.bar(total=total, unit="image", desc=description, disable=(total or 0) <= batch_size) as bar:
@@ -129,6 +131,7 @@ def in_batches(
             made = make(bundle, bundle.pixels.normalise(stacked))
             seconds = (time.perf_counter() - began) / len(batch)
             yield from ((key, one, seconds) for (key, _), one in zip(batch, made, strict=True))
+            after_batch()
             bar.update(len(batch))
 
 
