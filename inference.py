@@ -285,8 +285,6 @@ class Arguments:
             raise InputError("--overwrite needs --output, --sidecar or --metadata")
         if self.append and not (self.output or self.metadata):
             raise InputError("--append is for --output and --metadata; a text beside an image stays as it is")
-        if self.image_path and self.output and self.output.suffix.lower() not in outputs.ENDINGS:
-            raise InputError(f"--output '{self.output}' ends in none of {', '.join(outputs.ENDINGS)}; name such a file")
         if self.json and self.output and self.output.suffix.lower() in (".csv", ".tsv"):
             raise InputError(
                 f"--json has tokens, for which '{self.output}' has no cells; name a .json or a .jsonl file"
@@ -303,6 +301,8 @@ class Arguments:
                 raise InputError(f"--{name} '{file}': there is no folder '{file.parent}'")
             if file:
                 check_target(file, f"--{name}")
+        if self.image_path and self.output and self.output.suffix.lower() not in outputs.ENDINGS:
+            raise InputError(f"--output '{self.output}' ends in none of {', '.join(outputs.ENDINGS)}; name such a file")
         if not (self.predictions or self.compare) and "/" not in self.model_path and not Path(self.model_path).is_dir():
             raise InputError(f"--model_path '{self.model_path}' is not a folder; did you run train.py?")
         if self.annotations and not self.annotations.is_file():
