@@ -1,5 +1,6 @@
 """The training curves: the right lines, names that can be read, a whole file at the edges too."""
 
+import io
 import math
 
 import matplotlib
@@ -57,7 +58,25 @@ def test_curves_hold_the_logged_series():
     assert [line.get_label() for line in cider.get_lines()][:1] == ["CIDEr-D"]
     for axes in figure.axes:  # the kept checkpoint, step 20, is of epoch 2
         assert [line.get_xdata()[0] for line in axes.get_lines() if line.get_label().startswith("_")] == [2.0]
-    assert [text.get_text() for text in scores.texts].count("kept") == 1
+    assert [text.get_text() for text in scores.texts].count("kept: epoch 2") == 1
+
+
+def test_the_ends_of_the_lines_say_the_values_of_the_kept_epoch():
+    log = [{"step": 10 * epoch, "epoch": float(epoch), "eval_bleu_4": 0.1 * epoch} for epoch in (1, 2, 3)]
+    log += [{"step": 5 * half, "epoch": half / 2, "loss": 1 / half} for half in (1, 2, 3, 4, 5, 6)]
+    for kept, expected in ((20, ["train  0.250", "BLEU-4  0.200"]), (None, ["train  0.167", "BLEU-4  0.300"])):
+        figures = [figure for _, figure in curves.panel_figures(log, kept)]
+        said = [text.get_text() for figure in figures for axes in figure.axes for text in axes.texts]
+        assert [text for text in said if "  " in text] == expected
+
+
+def test_panels_for_a_phone_are_pictures_of_their_own():
+    panels = curves.draw_panels(history(3), 20)
+    assert [title.split(" (")[0] for title, _ in panels] == ["Loss", "Validation scores", "CIDEr-D"]
+    for _, png in panels:
+        with Image.open(io.BytesIO(png)) as picture:
+            assert picture.size == (880, 660)
+    assert curves.draw_panels([]) == []
 
 
 def test_curves_without_a_kept_step_have_no_mark():

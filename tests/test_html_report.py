@@ -50,6 +50,15 @@ def test_the_report_is_one_file_that_fetches_and_runs_nothing(folder):
         base64.b64decode(uri.split(",")[1], validate=True)
 
 
+def test_pictures_come_before_numbers_and_every_panel_of_curves_is_a_picture(folder):
+    text = (folder / "report.html").read_text()
+    headings = re.findall(r'<h2 id="s\d">(.+?)</h2>', text)
+    assert headings == ["Captions", "Scores", "Curves", "What it says", "Settings"]
+    assert text.index("<img ") < text.index("<table")
+    charts = text[text.index('class="charts"') : text.index("</div>", text.index('class="charts"'))]
+    assert re.findall(r'alt="(\w+)', charts) == ["Loss", "Validation", "CIDEr"]
+
+
 def test_the_report_can_be_heard_and_read_on_a_phone(folder):
     page = Page((folder / "report.html").read_text())
     assert page.all("html")[0]["lang"] == "en" and page.all("title")

@@ -7,6 +7,7 @@ It is written whole or not at all, and the same input gives the same bytes.
 
 from __future__ import annotations
 
+import io
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -72,6 +73,8 @@ STYLE: dict[RcKeyType, Any] = {
     "lines.markersize": 4,
 }
 WIDTH, HEIGHT = 10, 4.8  # inches, at 150 dots an inch
+PANEL_WIDTH, PANEL_HEIGHT = 4.4, 3.3  # inches, at 200 dots an inch: letters can be read on a phone
+METADATA: dict[str, Any] = {"Software": None}  # it would name matplotlib's version
 LABEL_SIZE = 9.5  # points; the names at the ends of the lines
 
 
@@ -87,12 +90,24 @@ def draw_curves(log_history: Sequence[dict], path: str | Path | BinaryIO, best_s
 
     with matplotlib.rc_context(STYLE):
         figure = curves_figure(log_history, best_step)
-        metadata: dict[str, Any] = {"Software": None}  # it would name matplotlib's version
         if isinstance(path, str | Path):
             with replacing(Path(path)) as part:
-                figure.savefig(part, format="png", metadata=metadata)
+                figure.savefig(part, format="png", metadata=METADATA)
         else:
-            figure.savefig(path, format="png", metadata=metadata)
+            figure.savefig(path, format="png", metadata=METADATA)
+
+
+def draw_panels(log_history: Sequence[dict], best_step: int | None = None) -> list[tuple[str, bytes]]:
+    """(title, PNG of 880 x 660 pixels) of each panel of `draw_curves`, to be read one below the other on a phone."""
+    import matplotlib
+
+    found = []
+    with matplotlib.rc_context(STYLE):
+        for title, figure in panel_figures(log_history, best_step):
+            data = io.BytesIO()
+            figure.savefig(data, format="png", metadata=METADATA)
+            found.append((title, data.getvalue()))
+    return found
 
 
 def curves_figure(log_history: Sequence[dict], best_step: int | None = None) -> Figure:
@@ -102,17 +117,10 @@ def curves_figure(log_history: Sequence[dict], best_step: int | None = None) -> 
     """
     from matplotlib.figure import Figure
 
-    losses, scores, cider = (
-        {key: points for key in lines if (points := _series(log_history, key))} for lines in (LOSSES, SCORES, CIDER)
-    )
-    epochs = [epoch for group in (losses, scores, cider) for xs, _ in group.values() for epoch in xs]
-    epoch_of = {entry["step"]: entry["epoch"] for entry in log_history if {"step", "epoch"} <= entry.keys()}
-
+    panels = _panels(log_history)
     figure = Figure(figsize=(WIDTH, HEIGHT), dpi=150)
-    left = [("Loss (lower is better)", losses)] if losses else []
-    right = [("Validation scores (higher is better)", scores)] if scores else []
-    right += [("CIDEr-D (higher is better)", cider)] if cider else []
-    columns = [column for column in (left, right) if column]
+    columns = [[panel for panel in panels if (panel[1].keys() <= LOSSES.keys()) == left] for left in (True, False)]
+    columns = [column for column in columns if column]
     if not columns:
         figure.text(0.5, 0.5, "no loss and no score was logged", ha="center", color="#777777")
         return figure
@@ -123,23 +131,64 @@ def curves_figure(log_history: Sequence[dict], best_step: int | None = None) -> 
         rows = grid[number].subgridspec(len(column), 1, height_ratios=[2.1, 1][: len(column)], hspace=0.32)
         for row, (title, group) in enumerate(column):
             axes = figure.add_subplot(rows[row])
-            axes.set_title(title, loc="left", pad=18 if row == 0 else 6)  # points; 18 leaves room for "kept"
-            for key, (xs, ys) in group.items():
-                _draw_line(axes, LINES[key], xs, ys)
-            axes.set_xlim(0, 1.02 * max(epochs) or 1)
-            if group is losses:
-                axes.set_ylabel("cross-entropy (nats per token)")
-            else:
-                highest = max(y for _, ys in group.values() for y in ys if math.isfinite(y))
-                axes.set_ylim(0, 1.1 * highest or 1)
-            if row == len(column) - 1:
-                axes.set_xlabel("epoch")
-            else:
+            _draw_panel(axes, title, group, _last_epoch(panels), _kept_epoch(log_history, best_step), top=row == 0)
+            if row < len(column) - 1:
+                axes.set_xlabel("")
                 axes.tick_params(labelbottom=False)
-            if best_step in epoch_of:
-                _mark_kept(axes, epoch_of[best_step], name=row == 0)
-            _name_ends(axes, group)
     return figure
+
+
+def panel_figures(log_history: Sequence[dict], best_step: int | None = None) -> list[tuple[str, Figure]]:
+    """(title, figure) of each panel; as `curves_figure`, to be drawn inside `matplotlib.rc_context(STYLE)`."""
+    from matplotlib.figure import Figure
+
+    panels, found = _panels(log_history), []
+    for title, group in panels:
+        figure = Figure(figsize=(PANEL_WIDTH, PANEL_HEIGHT), dpi=200)
+        axes = figure.add_axes((0.13, 0.14, 0.54, 0.7))
+        _draw_panel(axes, title, group, _last_epoch(panels), _kept_epoch(log_history, best_step))
+        found.append((title, figure))
+    return found
+
+
+Panel = tuple[str, dict[str, Series]]  # title, {key of LINES: series}
+
+
+def _panels(log_history: Sequence[dict]) -> list[Panel]:
+    """Those of losses, scores and CIDEr-D that were logged."""
+    titles = ("Loss (lower is better)", "Validation scores (higher is better)", "CIDEr-D (higher is better)")
+    groups = [
+        {key: points for key in lines if (points := _series(log_history, key))} for lines in (LOSSES, SCORES, CIDER)
+    ]
+    return [(title, group) for title, group in zip(titles, groups, strict=True) if group]
+
+
+def _last_epoch(panels: Sequence[Panel]) -> float:
+    return max(epoch for _, group in panels for xs, _ in group.values() for epoch in xs)
+
+
+def _kept_epoch(log_history: Sequence[dict], best_step: int | None) -> float | None:
+    epoch_of = {entry["step"]: entry["epoch"] for entry in log_history if {"step", "epoch"} <= entry.keys()}
+    return epoch_of.get(best_step)
+
+
+def _draw_panel(
+    axes: Axes, title: str, group: dict[str, Series], last: float, kept: float | None, top: bool = True
+) -> None:
+    """One panel; `top`: it is the first of its column, and says which epoch was kept."""
+    axes.set_title(title, loc="left", pad=18 if top else 6)  # points; 18 leaves room for "kept"
+    for key, (xs, ys) in group.items():
+        _draw_line(axes, LINES[key], xs, ys)
+    axes.set_xlim(0, 1.02 * last or 1)
+    axes.set_xlabel("epoch")
+    if group.keys() <= LOSSES.keys():
+        axes.set_ylabel("cross-entropy (nats per token)")
+    else:
+        highest = max(y for _, ys in group.values() for y in ys if math.isfinite(y))
+        axes.set_ylim(0, 1.1 * highest or 1)
+    if kept is not None:
+        _mark_kept(axes, kept, name=top)
+    _name_ends(axes, group, kept)
 
 
 def _series(log_history: Sequence[dict], key: str) -> Series | None:
@@ -185,26 +234,32 @@ def _mark_kept(axes: Axes, epoch: float, name: bool) -> None:
     axes.axvline(epoch, color="#444444", linewidth=1, linestyle=(0, (4, 3)), zorder=behind)
     if name:
         axes.annotate(
-            "kept",
+            f"kept: epoch {epoch:.3g}",
             (epoch, 1),
             (0, 4),
             xycoords=axes.get_xaxis_transform(),  # x in epochs, y as a fraction of the panel
             textcoords="offset points",
-            ha="center",
+            ha="center" if epoch < 0.75 * axes.get_xlim()[1] else "right",
             color="#444444",
             size=LABEL_SIZE,
         )
 
 
-def _name_ends(axes: Axes, group: dict[str, Series]) -> None:
-    """Write each line's name and last value beside its end, right of the panel, pushed apart so that none overlap."""
-    ends = []  # (height as a fraction of the panel, epoch, value, line)
+def _name_ends(axes: Axes, group: dict[str, Series], kept: float | None) -> None:
+    """Write each line's name beside its end, right of the panel, pushed apart so that none overlap.
+
+    With each name stands the value at the kept epoch, which is what the kept model has; or else the last value.
+    """
+    ends = []  # (height as a fraction of the panel, epoch, value there, value to write, line)
     for key, (xs, ys) in group.items():
-        x, y = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)][-1]
-        ends.append((float(axes.transLimits.transform((0, y))[1]), x, y, LINES[key]))
+        points = [(x, y) for x, y in zip(xs, ys, strict=True) if math.isfinite(y)]
+        x, y = points[-1]
+        value = [y for x, y in points if kept is None or x <= kept + 1e-6] or [points[0][1]]
+        ends.append((float(axes.transLimits.transform((0, y))[1]), x, y, value[-1], LINES[key]))
     ends.sort(key=lambda end: end[0])
 
-    panel = axes.get_position().height * HEIGHT * 72  # points
+    figure: Any = axes.figure
+    panel = axes.get_position().height * figure.get_figheight() * 72  # points
     gap = LABEL_SIZE * 1.25 / panel
     up, down = [end[0] for end in ends], [end[0] for end in ends]
     for i in range(1, len(ends)):
@@ -218,10 +273,9 @@ def _name_ends(axes: Axes, group: dict[str, Series]) -> None:
     for i in reversed(range(len(heights))):
         heights[i] = min(heights[i], 1 - (len(heights) - 1 - i) * gap)
 
-    for height, (_, x, y, line) in zip(heights, ends, strict=True):
-        value = f"{y:.3f}" if abs(y) < 10 else f"{y:.3g}"
+    for height, (_, x, y, kept_value, line) in zip(heights, ends, strict=True):
         axes.annotate(
-            f"{line.name}  {value}",
+            f"{line.name}  " + (f"{kept_value:.3f}" if abs(kept_value) < 10 else f"{kept_value:.3g}"),
             xy=(x, y),
             xytext=(1.035, height),
             textcoords="axes fraction",

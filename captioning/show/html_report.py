@@ -19,7 +19,7 @@ from captioning.scores import metrics, monotony
 from captioning.scores.names import BRIEF_KEYS, SCORE_NAMES
 from captioning.scores.words import choose
 from captioning.show import tables, wording
-from captioning.show.curves import draw_curves
+from captioning.show.curves import draw_panels
 from captioning.show.templates import data_uri, render, thumbnail
 
 if TYPE_CHECKING:
@@ -112,10 +112,11 @@ def _scores(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _curves(log_history: Sequence[dict], kept: int) -> dict[str, Any]:
-    data = io.BytesIO()
-    draw_curves(log_history, data, kept)
-    # Lines and letters need few colours: a third of the bytes.
-    picture = Image.open(data).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+    panels = []
+    for title, png in draw_panels(log_history, kept):
+        # Lines and letters need few colours: a third of the bytes.
+        picture = Image.open(io.BytesIO(png)).convert("RGB").quantize(64, dither=Image.Dither.NONE)
+        panels.append((title, data_uri(picture, "PNG")))
     # Of two evaluations of a step the first counts, as in the picture.
     evaluations = {entry["step"]: entry for entry in reversed(log_history) if "eval_loss" in entry and "step" in entry}
     evaluations = dict(sorted(evaluations.items()))
@@ -130,7 +131,7 @@ def _curves(log_history: Sequence[dict], kept: int) -> dict[str, Any]:
             if f"eval_{key}" in first and f"eval_{key}" in last
         )
     return {
-        "picture": data_uri(picture, "PNG"),
+        "panels": panels,
         "alt": alt,
         "head": ["epoch", "step", *(SCORE_NAMES[key] for key in shown)],
         "rows": [
@@ -242,9 +243,9 @@ def _examples(
         ]
 
     return [
+        ("Unchosen", "Evenly spaced in the order of the split, whatever their scores.", cards(even)),
         ("The best", "By CIDEr-D.", cards(ranked[::-1][:number])),
         ("The worst", "By CIDEr-D.", cards(ranked[:number])),
-        ("Unchosen", "Evenly spaced in the order of the split, whatever their scores.", cards(even)),
     ]
 
 
