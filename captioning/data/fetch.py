@@ -10,7 +10,9 @@ from __future__ import annotations
 
 import contextlib
 import io
+import ipaddress
 import re
+import socket
 import threading
 import time
 import zlib
@@ -30,6 +32,8 @@ MAX_REDIRECTS = 5
 # Anything with a scheme is an address, so that 'ftp://...' is not looked up as a file name. Two letters at
 # least: 'C:' is a drive.
 SCHEME = re.compile(r"[a-z][a-z0-9+.-]+(?=://)|(?:data|file|ftps?|https?)(?=:)", re.IGNORECASE)
+# Networks of version 6 whose addresses end in one of version 4: compatible ones, and NAT64's.
+LAST_32_BITS = [ipaddress.ip_network(each) for each in ("::/96", "64:ff9b::/96", "64:ff9b:1::/48")]
 _TRANSIENT = {408, 425, 429, 500, 502, 503, 504}  # statuses after which the same request may succeed
 
 
@@ -72,6 +76,7 @@ def fetch(
     max_bytes: int = MAX_BYTES,
     timeout: float = TIMEOUT,
     deadline: float = DEADLINE,
+    public: bool = False,
 ) -> Answer:
     """Fetch an http(s) address, or the bytes of `span` (first, last) of it.
 
@@ -81,6 +86,8 @@ def fetch(
         max_bytes: of the body, once decompressed.
         timeout: seconds to connect, and between two packets.
         deadline: seconds for the whole fetch, redirects included.
+        public: refuse hosts of this machine and of local networks, at every redirect. What a name leads to is looked
+            up once, checked, and connected to; proxies and passwords that this machine knows are not used.
 
     Raises:
         FetchError: it failed. `status` is 200 where a server ignores `span`.
@@ -92,7 +99,18 @@ def fetch(
 
     def work() -> None:
         try:
-            result.set_result(_download(url, session, span, sink or io.BytesIO(), max_bytes, timeout, deadline))
+            result.set_result(
+                _download(
+                    url,
+                    session or _session(public),
+                    span,
+                    sink or io.BytesIO(),
+                    max_bytes,
+                    timeout,
+                    deadline,
+                    session is None,
+                )
+            )
         except Exception as error:
             result.set_exception(error)
 
@@ -111,6 +129,7 @@ def _download(
     max_bytes: int,
     timeout: float,
     deadline: float,
+    close: bool,
 ) -> Answer:
     import requests  # here, since it takes longer to import than the rest of this module
     import urllib3
@@ -122,7 +141,7 @@ def _download(
         headers["Range"] = f"bytes={span[0]}-{span[1]}"
     # `from None` below: the text of these errors can hold the whole address, password included.
     try:
-        with contextlib.nullcontext(session) if session else requests.Session() as session:
+        with session if close else contextlib.nullcontext(session):
             hop = url
             for _ in range(MAX_REDIRECTS + 1):
                 _check_address(hop, url)
@@ -145,7 +164,13 @@ def _download(
             f"cannot fetch {shown(url)}: the secure connection failed; check the server's certificate",
             "no secure connection",
         ) from None
-    except requests.ConnectionError:
+    except requests.ConnectionError as error:
+        if "of a local network" in str(error):
+            raise FetchError(
+                f"cannot use {shown(url)}: it leads to this machine or to a local network, from which nothing is "
+                "fetched for others; use the address of an image on the web",
+                "of a local network",
+            ) from None
         raise FetchError(
             f"cannot fetch {shown(url)}: no connection to the server; check the address and the network",
             "no connection",
@@ -160,6 +185,71 @@ def _download(
         if is_full_disk(error):  # of the sink's
             raise
         raise _cut_short(url) from None
+
+
+def _session(public: bool):
+    """A session; with `public` it connects to hosts of the internet only."""
+    import requests
+
+    session = requests.Session()
+    if not public:
+        return session
+    from requests.adapters import HTTPAdapter
+    from urllib3 import PoolManager, connection, connectionpool
+    from urllib3.exceptions import NewConnectionError
+
+    class Checked:
+        """A connection to what a name leads to now, if all of that is public."""
+
+        def _new_conn(self):
+            host = self._dns_host.strip("[]")  # type: ignore[attr-defined]
+            found = socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM)  # type: ignore[attr-defined]
+            addresses = [entry[4][0] for entry in found]
+            if not addresses or not all(map(is_public, addresses)):
+                raise NewConnectionError(self, "of a local network")  # type: ignore[arg-type]
+            self._dns_host = addresses[0]
+            try:
+                return super()._new_conn()  # type: ignore[misc]
+            finally:
+                self._dns_host = host
+
+    class Http(Checked, connection.HTTPConnection):
+        pass
+
+    class Https(Checked, connection.HTTPSConnection):
+        pass
+
+    class HttpPool(connectionpool.HTTPConnectionPool):
+        ConnectionCls = Http
+
+    class HttpsPool(connectionpool.HTTPSConnectionPool):
+        ConnectionCls = Https
+
+    class Adapter(HTTPAdapter):
+        def init_poolmanager(self, *args, **kwargs):
+            self.poolmanager = PoolManager()
+            self.poolmanager.pool_classes_by_scheme = {"http": HttpPool, "https": HttpsPool}
+
+    session.trust_env = False  # no proxy, which would look names up by itself; no .netrc
+    for scheme in ("http://", "https://"):
+        session.mount(scheme, Adapter())
+    return session
+
+
+def is_public(address: str) -> bool:
+    """Whether an IP address is one of the internet, and neither of this machine nor of a local network.
+
+    An address of version 6 that stands for one of version 4 (mapped, compatible, 6to4, Teredo, NAT64) is what that is.
+    """
+    ip = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(ip, ipaddress.IPv4Address):
+        return ip.is_global and not ip.is_multicast
+    stands_for = [each for each in (ip.ipv4_mapped, ip.sixtofour, *(ip.teredo or ())) if each is not None]
+    if any(ip in network for network in LAST_32_BITS):
+        stands_for.append(ipaddress.IPv4Address(int(ip) & 0xFFFF_FFFF))
+    if stands_for:
+        return all(is_public(str(each)) for each in stands_for)
+    return ip.is_global and not ip.is_multicast and not ip.is_site_local
 
 
 def _check_address(hop: str, url: str) -> None:

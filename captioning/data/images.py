@@ -129,8 +129,9 @@ def read_bytes(
     max_bytes: int = MAX_BYTES,
     timeout: float = TIMEOUT,
     deadline: float = DEADLINE,
+    public: bool = False,
 ) -> bytes:
-    """Return the bytes of a local file or of an http(s) address.
+    """Return the bytes of a local file or of an http(s) address; with `public` only of one on the internet.
 
     `timeout` is the seconds to connect and between two packets, `deadline` the seconds for the whole fetch.
     A `Path` is always local. Raises InputError if there is nothing to read, or more than `max_bytes`.
@@ -141,7 +142,7 @@ def read_bytes(
                 f"cannot use {shown(source)}: only http and https addresses are fetched; "
                 "give a plain path for a local file"
             )
-        return fetch(source, max_bytes=max_bytes, timeout=timeout, deadline=deadline).data
+        return fetch(source, max_bytes=max_bytes, timeout=timeout, deadline=deadline, public=public).data
     return _read_file(os.fsdecode(source), max_bytes)
 
 

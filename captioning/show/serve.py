@@ -11,14 +11,17 @@ from __future__ import annotations
 import base64
 import html
 import io
+import ipaddress
 import os
 import re
+import socket
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from PIL import Image
 
@@ -38,6 +41,65 @@ CSS = """
 """
 
 
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+
+
+class Guard:
+    """Answers requests to this page alone, and from it alone: ASGI middleware.
+
+    A site that the user visits may send requests to the page (another origin), or may let its own name lead to this
+    machine (DNS rebinding), and then read what the page answers. The browser tells both.
+
+    Args:
+        app: what answers the others.
+        host: what the page listens on.
+    """
+
+    def __init__(self, app, host: str):
+        self.app = app
+        self.open = host not in LOOPBACK
+        self.names = {"localhost", host.lower()}
+        if self.open:
+            own = socket.gethostname().lower()
+            self.names |= {own, f"{own.partition('.')[0]}.local", socket.getfqdn().lower()}
+
+    async def __call__(self, scope, receive, send):
+        if scope["type"] not in ("http", "websocket") or self.allows(scope["headers"]):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008})
+        else:
+            headers = [(b"content-type", b"text/plain; charset=utf-8")]
+            await send({"type": "http.response.start", "status": 403, "headers": headers})
+            await send({"type": "http.response.body", "body": b"This page answers to its own address only."})
+
+    def allows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
+        """Whether a request names this page, and comes from it or from no page."""
+        told = [(name.lower(), value.decode("latin-1").strip().lower()) for name, value in headers]
+
+        def values(wanted: bytes) -> list[str]:
+            return [value for name, value in told if name == wanted]
+
+        hosts = values(b"host")
+        if len(hosts) != 1 or not self._is_own(hosts[0]):
+            return False
+        if any(origin.partition("://")[2] != hosts[0] for origin in values(b"origin")):
+            return False
+        # Somebody else's page may link to this one, and do no more.
+        linked = values(b"sec-fetch-mode") == ["navigate"]
+        return linked or all(site in ("same-origin", "none") for site in values(b"sec-fetch-site"))
+
+    def _is_own(self, host: str) -> bool:
+        try:
+            name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
+            if name in self.names:
+                return True
+            # A number is nobody's name. Any other name may be somebody's, and lead here.
+            return ipaddress.ip_address(name).is_loopback or self.open
+        except ValueError:
+            return False
+
+
 @dataclass
 class Answer:
     """What the page shows: text, and HTML with every caption escaped."""
@@ -55,10 +117,14 @@ class Captioner:
         bundle: its model stands on its device.
         alternatives: how many of the best captions to show; 0: as many as the model's beams.
         layers: as in `explain.explain`.
+        public: fetch from the internet only, for visitors who need not be the user of this machine.
     """
 
-    def __init__(self, bundle: Bundle, alternatives: int = 0, layers: Sequence[int] | None = None):
+    def __init__(
+        self, bundle: Bundle, alternatives: int = 0, layers: Sequence[int] | None = None, public: bool = False
+    ):
         self.bundle = bundle
+        self.public = public
         # As many as its beams cost nothing, and leave the caption what it is without them.
         self.alternatives = alternatives or bundle.model.generation_config.num_beams or 1
         self.layers = layers
@@ -80,7 +146,9 @@ class Captioner:
     def _answer(self, source: str | Path, name: str) -> Answer:
         try:
             side = 2 * resized_side(self.bundle.image_processor)
-            image = images.to_rgb(images.decode(images.read_bytes(source), name, min_side=side), name)
+            image = images.to_rgb(
+                images.decode(images.read_bytes(source, public=self.public), name, min_side=side), name
+            )
             with self.turn:
                 explanation = explain.explain(self.bundle, image, self.alternatives, self.layers)
         except InputError as error:
@@ -175,8 +243,9 @@ def serve(bundle: Bundle, host: str, port: int, alternatives: int = 0, layers: S
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         check_gradio()
         import gradio  # type: ignore[import-not-found]
+        from starlette.middleware import Middleware  # type: ignore[import-not-found]  # Gradio brings it
 
-        page = make_page(Captioner(bundle, alternatives, layers))
+        page = make_page(Captioner(bundle, alternatives, layers, public=host not in LOOPBACK))
         # Fonts of the system: the default theme fetches its own from the network.
         theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
         try:
@@ -191,12 +260,16 @@ def serve(bundle: Bundle, host: str, port: int, alternatives: int = 0, layers: S
                 ssr_mode=False,
                 theme=theme,
                 css=CSS,
+                app_kwargs={"middleware": [Middleware(Guard, host=host)]},
             )
         except OSError as error:
             raise InputError(f"--port {port} on --host {host} cannot be listened on; name another ({error})") from None
         try:
-            if host not in ("127.0.0.1", "localhost", "::1"):
-                cli.note("everybody who reaches this machine can use the page, and have it fetch addresses for them")
+            if host not in LOOPBACK:
+                cli.note(
+                    "everybody who reaches this machine can use the page; for them it fetches from the internet only, "
+                    "not from this machine or local networks"
+                )
             cli.note(f"listening on http://{host}:{port}; Ctrl-C ends it")
             while True:
                 time.sleep(3600)
