@@ -5,6 +5,7 @@ import statistics
 
 import numpy as np
 import pytest
+from exchange import covered
 
 from captioning.scores import bootstrap
 from captioning.scores.metrics import evaluate
@@ -134,29 +135,9 @@ def test_the_interval_of_two_equally_good_captioners_covers_zero():
     """Captions of the two are exchanged at random, image by image, so that neither is better."""
     predictions, references = captions_of(200)
     other = {i: said_of(references[i][0], random.Random(i)) for i in references}
-    rng, covered = random.Random(5), dict.fromkeys(("cider_d", "bleu_4", "rouge_l"), 0)
-    evaluations = evaluate(predictions, references, rouge=False), evaluate(other, references, rouge=False)
-    for _ in range(100):
-        swapped = [rng.random() < 0.5 for _ in references]
-        first, second = (exchanged(evaluations, swapped, turn) for turn in (False, True))
-        found = bootstrap.differences(first, second, resamples=400)
-        for name in covered:
-            covered[name] += found[name].low <= 0 <= found[name].high
-    assert all(90 <= count <= 100 for count in covered.values()), covered
-
-
-def exchanged(evaluations, swapped, turn):
-    """One of two evaluations, in which some images' captions come from the other."""
-    from dataclasses import replace
-
-    from captioning.scores import bleu
-
-    sources = [evaluations[turn != swap] for swap in swapped]
-    each = {name: [source.each[name][k] for k, source in enumerate(sources)] for name in evaluations[0].each}
-    counts = [source.bleu_statistics[k] for k, source in enumerate(sources)]
-    scores = {name: statistics.fmean(values) for name, values in each.items()}
-    scores |= {f"bleu_{n + 1}": value for n, value in enumerate(bleu.bleu_of(bleu.total(counts)))}
-    return replace(evaluations[0], scores=scores, each=each, bleu_statistics=counts)
+    pair = evaluate(predictions, references, rouge=False), evaluate(other, references, rouge=False)
+    counts = covered(pair, random.Random(5))
+    assert all(90 <= count <= 100 for count in counts.values()), counts
 
 
 def test_evaluations_of_other_images_are_not_compared():
