@@ -248,6 +248,19 @@ class Arguments:
             raise InputError("--compare needs --data_path, which holds the references")
         if self.predictions:
             raise InputError("--predictions has no use with --compare, which takes such files itself")
+        if self.model_path != "vit-gpt2-coco":
+            raise InputError("--model_path has no use with --compare, which names the runs itself")
+        for name in ("num_beams", "max_new_tokens"):
+            if getattr(self, name):
+                raise InputError(
+                    f"--{name} has no use with --compare; score the runs with it first, and name the files"
+                )
+        if self.wishes is not None:
+            raise InputError(
+                "--compare takes captions as they are, without wishes; score the runs first, and name files"
+            )
+        if self.output and self.output.suffix.lower() not in (".html", ".htm"):
+            raise InputError(f"--output '{self.output}' is to be a page; give it a name that ends in .html")
         for path in self.compare:
             if not Path(path).exists():
                 raise InputError(f"--compare '{path}' does not exist; name run folders, or files of captions")

@@ -216,6 +216,9 @@ def test_another_signature_is_said(two, prepared, tmp_path, capsys):
             ["--compare", "one", "two", "--data_path", "x", "--predictions", "y"],
             "--predictions has no use with --compare",
         ),
+        (["--compare", ".", ".", "--data_path", "x", "--model_path", "y"], "--model_path has no use with --compare"),
+        (["--compare", ".", ".", "--data_path", "x", "--num_beams", "2"], "--num_beams has no use with --compare"),
+        (["--compare", ".", ".", "--data_path", "x", "--output", "x.csv"], "a name that ends in .html"),
     ],
 )
 def test_bad_arguments(arguments, message, capsys):

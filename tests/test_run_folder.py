@@ -2,7 +2,9 @@
 
 import base64
 import copy
+import dataclasses
 import json
+import math
 import os
 import re
 import subprocess
@@ -19,7 +21,7 @@ import inference
 from captioning.data import images
 from captioning.data.folder import Split
 from captioning.model import parts
-from captioning.show import run_folder
+from captioning.show import run_folder, tables
 
 
 @pytest.fixture(scope="module")
@@ -221,3 +223,16 @@ def test_a_run_is_pushed_to_the_hub_and_shown_in_tensorboard(few, tmp_path):
     assert "report/text_summary" in events.Tags()["tensors"]
     picture = events.Images("gallery")[0]
     assert (picture.width, picture.height) == Image.open(folder / "gallery.png").size and picture.step == 2
+
+
+def test_a_score_that_is_no_number_is_left_out(tmp_path):
+    split = madeup.split(4)
+    run = madeup.run(split)
+    odd = dataclasses.replace(
+        run.test, scores=run.test.scores | {"loss": math.nan}, sums={"loss": ([math.inf] * 4, [1.0] * 4)}
+    )
+    results = run_folder.write(tmp_path, dataclasses.replace(run, test=odd), split)
+    assert results["test"]["loss"] is None and results["test"]["intervals"]["loss"] == [None, None]
+    assert "nan" not in (tmp_path / "README.md").read_text().lower().split()
+    assert "NaN" not in (tmp_path / "results.json").read_text()
+    assert tables.scores({"test": results["test"]}).startswith("bleu_1")

@@ -104,7 +104,7 @@ def _scores(results: Mapping[str, Any]) -> dict[str, Any]:
         "rows": [
             (name, *(tables.with_interval(split, key) for split in (validation, test)))
             for key, name in SCORE_NAMES.items()
-            if key in test
+            if test.get(key) is not None
         ],
         "interval": results.get("interval", ""),
         "signature": test.get("signature", ""),

@@ -145,14 +145,14 @@ def model_card(results: Mapping[str, Any], name: str) -> str:
                 metric_value=round(test[key], 4),
             )
             for key in SCORE_NAMES
-            if key in test and math.isfinite(test[key])
+            if test.get(key) is not None and math.isfinite(test[key])
         ],
     )
     title = wording.title(names["encoder"], names["decoder"])
     scores = "\n".join(
         f"| {SCORE_NAMES[key]} | {test[key]:.4f} | {tables.between(test['intervals'].get(key))} |"
         for key in SCORE_NAMES
-        if key in test
+        if test.get(key) is not None
     )
     card = f"""---
 {metadata.to_yaml()}

@@ -17,7 +17,7 @@ def scores(splits: Mapping[str, Mapping[str, Any]]) -> str:
     """
     rows = [["", *splits]] if len(splits) > 1 else []
     for key in SCORE_NAMES:
-        if any(key in split for split in splits.values()):
+        if any(split.get(key) is not None for split in splits.values()):
             rows.append([key, *(with_interval(split, key, 4) for split in splits.values())])
     return columns(rows)
 
@@ -52,13 +52,18 @@ def columns(rows: Sequence[Sequence[str]]) -> str:
 
 
 def with_interval(split: Mapping[str, Any], key: str, digits: int = 3) -> str:
-    """`0.725 [0.675, 0.776]`: a score of a split and its interval, where there is one; "" without the score."""
-    if key not in split:
+    """`0.725 [0.675, 0.776]`: a score of a split and its interval, where there is one; "" without the score.
+
+    In `results.json` a number that is not finite is None.
+    """
+    if split.get(key) is None:
         return ""
-    interval = split.get("intervals", {}).get(key)
-    return f"{split[key]:.{digits}f}" + (f" [{between(interval, digits)}]" if interval else "")
+    interval = between(split.get("intervals", {}).get(key), digits)
+    return f"{split[key]:.{digits}f}" + (f" [{interval}]" if interval else "")
 
 
 def between(interval: Sequence[float] | None, digits: int = 3) -> str:
-    """`0.675, 0.776`"""
-    return ", ".join(f"{end:.{digits}f}" for end in interval or ())
+    """`0.675, 0.776`; "" where there is no interval."""
+    if not interval or None in interval:
+        return ""
+    return ", ".join(f"{end:.{digits}f}" for end in interval)
