@@ -8,10 +8,12 @@
     python inference.py --image_path photo.jpg --alternatives 5      # the five best captions with their scores
     python inference.py --image_path photo.jpg --explain out.png     # where the model looked, word by word
     python inference.py photo.jpg --case sentence --max_characters 125 --without man   # a caption as you ask for it
-    python inference.py --serve                                      # a page in the browser (pip install gradio)
+    python inference.py --serve                                      # a page in the browser, and POST /caption
     python inference.py --data_path ./processed_data --split test    # score a run folder on a split
     python inference.py --predictions results.json --data_path ./processed_data   # score anybody's captions
     python inference.py --compare run-a run-b --data_path ./processed_data        # is the difference chance?
+    python inference.py --export onnx --output exported              # for onnxruntime and the browser
+    python inference.py --model_path exported photo.jpg              # captions with it, without PyTorch
 
 Exit code 0: all done; 1: some images of several failed, listed on stderr; 2: bad input.
 """
@@ -20,11 +22,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from captioning import InputError, cli
 from captioning.cli import flag
@@ -39,6 +42,7 @@ if TYPE_CHECKING:
     from captioning.data.predictions import References
     from captioning.model.captioner import Bundle
     from captioning.model.explain import Caption
+    from captioning.model.onnx_captioner import OnnxBundle
     from captioning.model.wishes import Wishes
     from captioning.show.clip_scores import ClipScores
 
@@ -52,7 +56,8 @@ HOW = "how (default: what the model was saved with)"
 ASKED = "captions as you ask for them (default: as the model writes them)"
 NO_MATTER = ("explain", "explain_layers", "batch_size", "device", "debug")  # to the captions
 PAGE, SCORE = "a page in the browser instead (pip install gradio)", "scoring instead"
-ELSEWHERE = (WHAT, KEEP, PAGE, SCORE)  # flags that do not decide the captions
+EXPORT = "files for onnxruntime and the browser instead (pip install onnxruntime onnx onnxscript)"
+ELSEWHERE = (WHAT, KEEP, PAGE, SCORE, EXPORT)  # flags that do not decide the captions
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,9 @@ class Arguments:
     max_new_tokens: int | None = flag(None, HOW, "longest caption, in tokens")
     batch_size: int = flag(16, HOW, "images at a time")
     device: str | None = flag(None, HOW, "cpu, cuda, cuda:1, mps (default: the best there is)")
+    int8: bool = flag(
+        False, HOW, "of an exported folder, take the weights of 8 bits: smaller and faster, nearly as good"
+    )
 
     prefix: str = flag(
         "", ASKED, "how each caption begins, in whole words; the model goes on from there", metavar="TEXT"
@@ -160,7 +168,18 @@ class Arguments:
 
     serve: bool = flag(False, PAGE, "drop an image or paste its address, see where it looked")
     port: int = flag(7860, PAGE, "where to listen")
-    host: str = flag("127.0.0.1", PAGE, "where to listen (default: 127.0.0.1, this machine only)")
+    host: str = flag(
+        "127.0.0.1", PAGE, "where to listen (default: 127.0.0.1, this machine only); another needs --token"
+    )
+    token: str | None = flag(
+        None,
+        PAGE,
+        "password of the page and of POST /caption; better in the environment variable CAPTIONING_TOKEN, where other "
+        "users of the machine do not see it",
+    )
+    in_browser: bool = flag(
+        False, PAGE, "a page that captions in the visitor's own browser, with an exported --model_path"
+    )
 
     data_path: list[Path] | None = flag(
         None,
@@ -192,6 +211,10 @@ class Arguments:
         metavar="FILE",
     )
     subset: bool = flag(False, SCORE, "score the images that have both a prediction and references, and say how many")
+
+    export: str | None = flag(
+        None, EXPORT, "write the model into the folder --output, with float32 and with int8 weights", choices=("onnx",)
+    )
     debug: bool = cli.debug_flag()
 
     def __post_init__(self):
@@ -225,7 +248,7 @@ class Arguments:
         for name in ("image_path", "data_path", "output", "json", "explain"):
             if self.serve and getattr(self, name):
                 raise InputError(f"--{name} has no use with --serve")
-        for name, default in (("port", 7860), ("host", "127.0.0.1")):
+        for name, default in (("port", 7860), ("host", "127.0.0.1"), ("token", None), ("in_browser", False)):
             if not self.serve and getattr(self, name) != default:
                 raise InputError(f"--{name} needs --serve")
         if self.predictions and not (self.data_path or self.references):
@@ -235,7 +258,9 @@ class Arguments:
                 raise InputError(f"--{name} needs --predictions, the captions to score")
         if self.references and self.data_path:
             raise InputError("--references and --data_path both hold references; give one of them")
-        if not self.serve and bool(self.image_path) == bool(self.data_path or self.references):
+        if self.export:
+            self._check_export()
+        elif not self.serve and bool(self.image_path) == bool(self.data_path or self.references):
             raise InputError("give --image_path to caption images, or --data_path to score a split")
         if self.predictions and self.output:
             raise InputError("--output has no use with --predictions: the scores are written beside that file")
@@ -307,8 +332,41 @@ class Arguments:
         if self.metadata and self.shard:
             raise InputError("--metadata is one file, which no two machines can write; use --output with --shard")
 
+    def _check_export(self) -> None:
+        if not self.output:
+            raise InputError("--export needs --output, the folder to write, such as exported")
+        for name in ("image_path", "data_path", "json", "explain", "serve", "int8", "compare", "predictions"):
+            if getattr(self, name):
+                raise InputError(f"--{name} has no use with --export")
+
+    @property
+    def exported(self) -> bool:
+        """Whether `model_path` is a folder in ONNX."""
+        return any(Path(self.model_path, "onnx").glob("encoder_model*.onnx"))
+
+    def _check_exported(self) -> None:
+        if self.in_browser and self.token:
+            raise InputError("--token has no use with --in_browser, which hands out files only")
+        if not self.exported:
+            for name in ("int8", "in_browser"):
+                if getattr(self, name):
+                    raise InputError(
+                        f"--{name} needs an exported folder, which --model_path '{self.model_path}' is not; write one "
+                        "with --export onnx"
+                    )
+            return
+        asked = [name for name in ("explain", "export") if getattr(self, name)]
+        asked += self.wishes.settings() if self.wishes else []
+        if asked:
+            raise InputError(
+                f"--{asked[0]} needs PyTorch's weights; name the run folder, not the exported one ('{self.model_path}')"
+            )
+        if self.device not in (None, "cpu"):
+            raise InputError(f"--device {self.device}: exported folders run on the CPU only; leave --device out")
+
     def _check_paths(self) -> None:
-        for name in ("output", "explain"):
+        self._check_exported()
+        for name in () if self.export else ("output", "explain"):
             file = getattr(self, name)
             if file and not file.parent.is_dir():
                 raise InputError(f"--{name} '{file}': there is no folder '{file.parent}'")
@@ -322,7 +380,7 @@ class Arguments:
             raise InputError(
                 f"--references '{self.annotations}' is not a file; name captions_val2014.json, for example"
             )
-        if not (self.image_path or self.compare):  # before hours of captioning: where the scores go
+        if not (self.image_path or self.compare or self.export):  # before hours of captioning: where the scores go
             beside = (self.predictions[0] if self.predictions else self.output or Path(self.model_path, "any")).parent
             for pattern in ("scored_*.json", "*_per_image.json"):
                 for file in beside.glob(pattern):
@@ -360,16 +418,52 @@ class Arguments:
 
 def main(argv: list[str] | None = None) -> int:
     args = cli.parse(Arguments, argv, "Caption images, or score captions.", positional="image_path")
+    if args.export:
+        return export(args)
     if args.serve:
-        from captioning.show import serve
-
-        serve.check_gradio()
-        alternatives = args.alternatives if args.alternatives > 1 else 0
-        serve.serve(load_model(args), args.host, args.port, alternatives, args.explain_layers)
-        return 0
+        return serve(args)
     if args.compare:
         return compare(args)
     return caption_images(args) if args.image_path else score(args)
+
+
+def export(args: Arguments) -> int:
+    """Write `--model_path` as ONNX files into `--output`."""
+    from captioning.model import onnx_export
+
+    assert args.output is not None
+    onnx_export.export(args.model_path, args.output)
+    print(args.output)
+    return 0
+
+
+def serve(args: Arguments) -> int:
+    """Serve a page until Ctrl-C."""
+    if args.in_browser:
+        from captioning.show import in_browser
+
+        in_browser.serve(Path(args.model_path), args.host, args.port, args.int8)
+        return 0
+    from captioning.show import http, serve
+
+    serve.check_gradio()
+    token = args.token or os.environ.get("CAPTIONING_TOKEN") or None
+    http.Access(args.host, token)  # refused before the model is loaded
+    bundle = load_exported(args) if args.exported else load_model(args)
+    alternatives = args.alternatives if args.alternatives > 1 else 0
+    serve.serve(bundle, args.host, args.port, alternatives, args.explain_layers, token)
+    return 0
+
+
+def load_exported(args: Arguments) -> OnnxBundle:
+    """The captioner of an exported folder, with the decoding settings of the command line."""
+    from captioning.model import onnx_captioner
+
+    bundle = onnx_captioner.load(args.model_path, int8=args.int8)
+    given = {name: getattr(args, name) for name in ("num_beams", "max_new_tokens") if getattr(args, name)}
+    bundle.decoding = dataclasses.replace(bundle.decoding, **given)
+    refuse_too_long(bundle.decoding.max_new_tokens, bundle.positions)
+    return bundle
 
 
 def load_model(args: Arguments) -> Bundle:
@@ -391,10 +485,25 @@ def load_model(args: Arguments) -> Bundle:
         if not args.max_new_tokens:
             constrain.make_room(bundle)
         constrain.rules_for(bundle, args.wishes, bundle.model.generation_config.max_new_tokens)
-    longest = bundle.model.generation_config.max_new_tokens or 0
+    refuse_too_long(bundle.model.generation_config.max_new_tokens or 0, positions)
+    return bundle
+
+
+def refuse_too_long(longest: int, positions: int) -> None:
+    """Refuse captions of more tokens than the decoder has positions for."""
     if longest >= positions:
         raise InputError(f"--max_new_tokens {longest} is too long; the decoder has {positions} positions")
-    return bundle
+
+
+def captioning_functions(args: Arguments) -> tuple[Callable, Callable, Callable]:
+    """`in_batches`, `generate` and `best_captions` for the kind of `--model_path`."""
+    if args.exported:
+        from captioning.model import onnx_captioner
+
+        return onnx_captioner.in_batches, onnx_captioner.generate, onnx_captioner.best_captions
+    from captioning.model import explain, generate
+
+    return generate.in_batches, generate.generate, explain.best_captions
 
 
 def device_of(args: Arguments) -> torch.device:
@@ -471,7 +580,7 @@ def write_captions(args: Arguments, sources: Sequence[Source], out: outputs.Outp
         failures.append(reason)
         out.fail(source, reason)
 
-    bundle = load_model(args)
+    bundle = load_exported(args) if args.exported else load_model(args)
     try:
         for source, entry in make_entries(sources, bundle, args, failed, out.flush):
             done += 1
@@ -498,31 +607,30 @@ def warn_of_monotony(captions: list[str], references: Sequence[Sequence[str]] = 
 
 def make_entries(
     sources: Sequence[Source],
-    bundle: Bundle,
+    bundle: Bundle | OnnxBundle,
     args: Arguments,
     failed: Callable[[Source, str], None],
     after_batch: Callable[[], None],
 ) -> Iterator[tuple[Source, entries.Entry]]:
     """What is said of each image that can be read; `failed` is told why others cannot."""
-    from captioning.model import explain, generate, parts
-
+    in_batches, generate, best_captions = captioning_functions(args)
     # Twice what is needed: the decoder may skip detail that nobody will see, the resize stays the one of training.
-    side = 2 * parts.resized_side(bundle.image_processor)
+    side = 2 * bundle.pixels.resized_side
     prepare = bundle.pixels if args.explain is None else None
     read = pictures(sources, side, prepare, max(2 * args.batch_size, 16), failed)
     with_pixels = ((picture, picture.content) for picture in read)
     made: Iterator[tuple[Picture, Any, float]]
     if args.explain:
-        made = explained(bundle, read, args)
+        made = explained(cast("Bundle", bundle), read, args)
     else:
-        make: Callable[..., Sequence[Any]] = generate.generate
+        make: Callable[..., Sequence[Any]] = generate
         if args.json or args.alternatives > 1:
-            make = functools.partial(explain.best_captions, count=args.alternatives)
-        made = generate.in_batches(bundle, with_pixels, args.batch_size, make, len(sources), after_batch=after_batch)
+            make = functools.partial(best_captions, count=args.alternatives)
+        made = in_batches(bundle, with_pixels, args.batch_size, make, len(sources), after_batch=after_batch)
     for picture, found, seconds in made:
         entry = entries.entry(picture.source.name, found)
         if args.json and not isinstance(found, str):
-            entry["tokens"] = entries.token_list(bundle.tokenizer, found[0])
+            entry["tokens"] = entries.token_list(bundle, found[0])
             entry["seconds"] = {"read": round(picture.seconds, 4), "generate": round(seconds, 4)}
         yield picture.source, entry
 
@@ -692,15 +800,22 @@ def prepared_split(args: Arguments) -> tuple[Split, References]:
 
 def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[str, Any]]:
     """The model's caption of each image of a split, by id, and the settings that it was generated with."""
+    assert args.data_path is not None
+    folder = cli.prepared_folders(args.data_path)[0]  # parts have one image processor
+    pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
+    if args.exported:
+        from captioning.model import onnx_captioner
+
+        exported = load_exported(args)
+        onnx_captioner.refuse_small_images(exported, folder, args.model_path)
+        predictions = onnx_captioner.caption_all(exported, pictures, len(split), args.split, args.batch_size)
+        return predictions, {"int8": exported.int8, **dataclasses.asdict(exported.decoding)}
     from captioning.model import parts
     from captioning.model.generate import caption_all
 
-    assert args.data_path is not None
     bundle = load_model(args)
-    folder = cli.prepared_folders(args.data_path)[0]  # parts have one image processor
     of_data = parts.load_image_processor(folder, "--data_path")
     parts.refuse_small_images(of_data, bundle.image_processor, str(folder), args.model_path, args.model_path)
-    pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
     predictions = caption_all(bundle, pictures, len(split), args.split, args.batch_size)
     asked = args.wishes.settings() if args.wishes else {}
     return predictions, {**bundle.model.generation_config.to_diff_dict(), **asked}

@@ -260,8 +260,8 @@ def is_whole_safetensors(path: Path) -> bool:
 def fingerprint(folder: Path) -> str:
     """A few letters that change with the model, tokenizer or settings in a folder; weights are read in samples."""
     digest = hashlib.sha256()
-    for path in sorted(folder.iterdir()):
-        if path.suffix in (".safetensors", ".bin") or path.name.endswith(("config.json", "tokenizer.json")):
+    for path in sorted([*folder.iterdir(), *folder.glob("onnx/*.onnx")]):
+        if path.suffix in (".safetensors", ".bin", ".onnx") or path.name.endswith(("config.json", "tokenizer.json")):
             size = path.stat().st_size
             digest.update(f"{path.name} {size}".encode())
             with path.open("rb") as file:

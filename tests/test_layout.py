@@ -77,7 +77,7 @@ LIGHT = {
     "show/pages.py",
     "show/html_report.py",
     "training/resilience.py",
-}
+} | {f"model/{name}.py" for name in ("beam_search", "caption", "onnx_captioner")}
 
 
 def test_what_is_light_does_not_load_torch():

@@ -8,7 +8,7 @@ from httpserver import Server, body, redirect
 
 from captioning import InputError
 from captioning.data import fetch, images
-from captioning.show import serve
+from captioning.show import guard, serve
 
 PUBLIC = ["93.184.216.34", "8.8.8.8", "2606:2800:220:1::1", "::ffff:8.8.8.8", "64:ff9b::808:808", "2002:808:808::1"]
 LOCAL = [
@@ -120,7 +120,6 @@ def test_a_captioner_for_others_hands_that_on(monkeypatch):
         raise InputError("enough")
 
     monkeypatch.setattr(images, "read_bytes", read_bytes)
-    monkeypatch.setattr(serve, "resized_side", lambda _: 64)
     model = type("Model", (), {"generation_config": type("Config", (), {"num_beams": 1})})
     bundle = type("Bundle", (), {"model": model, "image_processor": None})
     for public in (False, True):
@@ -142,7 +141,7 @@ def answered(host: str, headers: dict[str, str], kind: str = "http") -> bool:
         sent.append(message)
 
     scope = {"type": kind, "headers": [(name.encode(), value.encode()) for name, value in headers.items()]}
-    asyncio.run(serve.Guard(app, host)(scope, None, send))
+    asyncio.run(guard.Guard(app, host)(scope, None, send))
     assert bool(reached) != bool(sent)
     if sent and kind == "http":
         assert sent[0]["status"] == 403 and b"own address" in sent[1]["body"]
@@ -194,5 +193,5 @@ def test_what_is_no_request_passes():
     async def app(scope, receive, send):
         reached.append(scope["type"])
 
-    asyncio.run(serve.Guard(app, "127.0.0.1")({"type": "lifespan"}, None, None))
+    asyncio.run(guard.Guard(app, "127.0.0.1")({"type": "lifespan"}, None, None))
     assert reached == ["lifespan"]

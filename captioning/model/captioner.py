@@ -10,6 +10,7 @@ import functools
 import os
 import re
 import tempfile
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -84,6 +85,10 @@ class Bundle:
     def to(self, device: torch.device) -> None:
         """Move the model."""
         self.model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature that torch gives it
+
+    def token_texts(self, tokens: Sequence[int]) -> list[str]:
+        """Each token by itself as text, special tokens too."""
+        return self.tokenizer.batch_decode([[token] for token in tokens], clean_up_tokenization_spaces=False)
 
 
 # ---- build

@@ -22,31 +22,13 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from captioning import InputError
 from captioning.model import constrain, wishes
+from captioning.model.caption import Caption
 from captioning.model.captioner import Bundle
 from captioning.model.generate import decode, generate_tokens
 from captioning.model.parts import Pixels
 
 SCORED_TOGETHER = 32  # captions: with GPT-2's vocabulary and 40 tokens their logits take 260 MB
 MOST_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches
-
-
-@dataclass
-class Caption:
-    """A generated caption and how probable the model finds it.
-
-    Attributes:
-        text: without special tokens, as it is shown.
-        score: what beam search ranks by: the sum of `log_probabilities` over their number to the power of the length
-            penalty, which is 1 unless the model says otherwise, and then their mean. Natural logarithm, at most 0.
-            The tokens of a prefix that was asked for do not count.
-        tokens: ids, those of a prefix included, and the end token where one was generated.
-        log_probabilities: of each token, given the image and the tokens before it.
-    """
-
-    text: str
-    score: float
-    tokens: list[int]
-    log_probabilities: list[float]
 
 
 @dataclass

@@ -481,6 +481,11 @@ class Pixels:
         self.mean = torch.tensor(mean).reshape(-1, 1, 1)
         self.std = torch.tensor(std).reshape(-1, 1, 1)
 
+    @property
+    def resized_side(self) -> int:
+        """The shorter side, in pixels, that images are resized to before any crop."""
+        return resized_side(self.image_processor)
+
     def __call__(self, image: Image.Image) -> np.ndarray:
         """An RGB image -> uint8 (3, height, width), resized and cropped."""
         return self.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]

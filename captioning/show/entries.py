@@ -10,7 +10,9 @@ from captioning import cli
 from captioning.files import json_text
 
 if TYPE_CHECKING:
-    from captioning.model.explain import Caption
+    from captioning.model.caption import Caption
+    from captioning.model.captioner import Bundle
+    from captioning.model.onnx_captioner import OnnxBundle
 
 Entry = dict[str, Any]
 
@@ -35,9 +37,9 @@ def cells(entry: Entry) -> Entry:
     return {**entry, **{f"alternative_{number}": one["caption"] for number, one in enumerate(others, 2)}}
 
 
-def token_list(tokenizer, caption: Caption) -> list[dict[str, Any]]:
+def token_list(bundle: Bundle | OnnxBundle, caption: Caption) -> list[dict[str, Any]]:
     """A caption's tokens as they are written to JSON; one that is half a letter reads as a replacement character."""
-    texts = tokenizer.batch_decode([[token] for token in caption.tokens], clean_up_tokenization_spaces=False)
+    texts = bundle.token_texts(caption.tokens)
     return [
         {"id": token, "text": text, "log_probability": round(value, 6)}
         for token, text, value in zip(caption.tokens, texts, caption.log_probabilities, strict=True)

@@ -3,101 +3,55 @@
     serve(bundle, host="127.0.0.1", port=7860)
 
 Needs Gradio, which nothing else here does. What a visitor gives is read as on the command line, with the same limits
-and the same messages; one request is answered at a time.
+and the same messages; one request is answered at a time. The same server answers `POST /caption`, see `http.py`.
 """
 
 from __future__ import annotations
 
 import base64
+import contextlib
+import dataclasses
 import html
 import io
-import ipaddress
 import os
 import re
 import socket
 import tempfile
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from urllib.parse import urlsplit
+from typing import TYPE_CHECKING, Any, cast
 
 from PIL import Image
 
 from captioning import InputError, cli
 from captioning.data import images
-from captioning.model import explain
-from captioning.model.captioner import Bundle
-from captioning.model.parts import resized_side
-from captioning.show import pages
+from captioning.model.caption import Caption
+from captioning.show import http, pages
+
+if TYPE_CHECKING:
+    from captioning.model.captioner import Bundle
+    from captioning.model.explain import Explanation
+    from captioning.model.onnx_captioner import OnnxBundle
 
 CSS = """
+.gradio-container { max-width: 1100px !important; margin: auto; }
 .message { border-left: 4px solid #c2410c; padding: .4rem .8rem; }
-.words { overflow-x: auto; }
-.words img { width: 100%; min-width: 700px; max-width: 1040px; border-radius: 6px; background: #fff; }
-.alternatives, .alternatives * { border: none !important; }
-.alternatives td, .alternatives th { padding: .2rem 1.2rem .2rem 0 !important; text-align: left; }
+.shown img { max-width: 100%; max-height: 60vh; border-radius: 6px; display: block; }
+.words { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(44%, 170px), 1fr)); gap: .8rem; }
+.words figure { margin: 0; min-width: 0; }
+.words img { width: 100%; border-radius: 6px; display: block; }
+.words b { overflow-wrap: anywhere; }
+.words meter { width: 60%; }
+.alternatives { padding-left: 1.4rem; }
+.alternatives li { margin: .3rem 0; }
+.alternatives small { opacity: .75; }
 """
-
-
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
-
-
-class Guard:
-    """Answers requests to this page alone, and from it alone: ASGI middleware.
-
-    A site that the user visits may send requests to the page (another origin), or may let its own name lead to this
-    machine (DNS rebinding), and then read what the page answers. The browser tells both.
-
-    Args:
-        app: what answers the others.
-        host: what the page listens on.
-    """
-
-    def __init__(self, app, host: str):
-        self.app = app
-        self.open = host not in LOOPBACK
-        self.names = {"localhost", host.lower()}
-        if self.open:
-            own = socket.gethostname().lower()
-            self.names |= {own, f"{own.partition('.')[0]}.local", socket.getfqdn().lower()}
-
-    async def __call__(self, scope, receive, send):
-        if scope["type"] not in ("http", "websocket") or self.allows(scope["headers"]):
-            await self.app(scope, receive, send)
-        elif scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008})
-        else:
-            headers = [(b"content-type", b"text/plain; charset=utf-8")]
-            await send({"type": "http.response.start", "status": 403, "headers": headers})
-            await send({"type": "http.response.body", "body": b"This page answers to its own address only."})
-
-    def allows(self, headers: Sequence[tuple[bytes, bytes]]) -> bool:
-        """Whether a request names this page, and comes from it or from no page."""
-        told = [(name.lower(), value.decode("latin-1").strip().lower()) for name, value in headers]
-
-        def values(wanted: bytes) -> list[str]:
-            return [value for name, value in told if name == wanted]
-
-        hosts = values(b"host")
-        if len(hosts) != 1 or not self._is_own(hosts[0]):
-            return False
-        if any(origin.partition("://")[2] != hosts[0] for origin in values(b"origin")):
-            return False
-        # Somebody else's page may link to this one, and do no more.
-        linked = values(b"sec-fetch-mode") == ["navigate"]
-        return linked or all(site in ("same-origin", "none") for site in values(b"sec-fetch-site"))
-
-    def _is_own(self, host: str) -> bool:
-        try:
-            name = (urlsplit(f"//{host}").hostname or "").rstrip(".")
-            if name in self.names:
-                return True
-            # A number is nobody's name. Any other name may be somebody's, and lead here.
-            return ipaddress.ip_address(name).is_loopback or self.open
-        except ValueError:
-            return False
+SHOWN_SIDE, CELL_SIDE = 800, 240  # pixels of the pictures on the page
+# How much less probable each token of a caption is, in the mean, than those of the best one; natural logarithm.
+IN_WORDS = ((0.05, "about as likely"), (0.15, "a little less likely"), (0.4, "less likely"))
 
 
 @dataclass
@@ -108,26 +62,32 @@ class Answer:
     alternatives: str = ""
     explanation: str = ""
     message: str = ""  # what is wrong, if anything is
+    picture: str = ""  # the image itself
 
 
 class Captioner:
     """Answers one request at a time; whoever comes second waits.
 
     Args:
-        bundle: its model stands on its device.
+        bundle: its model stands on its device; or that of an exported folder, which does not tell where it looked.
         alternatives: how many of the best captions to show; 0: as many as the model's beams.
         layers: as in `explain.explain`.
         public: fetch from the internet only, for visitors who need not be the user of this machine.
     """
 
     def __init__(
-        self, bundle: Bundle, alternatives: int = 0, layers: Sequence[int] | None = None, public: bool = False
+        self,
+        bundle: Bundle | OnnxBundle,
+        alternatives: int = 0,
+        layers: Sequence[int] | None = None,
+        public: bool = False,
     ):
-        self.bundle = bundle
-        self.public = public
+        self.exported = hasattr(bundle, "decoding")
+        self.bundle = cast(Any, bundle)
+        settings = self.bundle.decoding if self.exported else self.bundle.model.generation_config
         # As many as its beams cost nothing, and leave the caption what it is without them.
-        self.alternatives = alternatives or bundle.model.generation_config.num_beams or 1
-        self.layers = layers
+        self.alternatives = alternatives or settings.num_beams or 1
+        self.layers, self.public = layers, public
         self.turn = threading.Lock()
 
     def file(self, path: str | None) -> Answer:
@@ -143,53 +103,143 @@ class Captioner:
             return Answer(message="Paste the address of an image: it begins with http:// or https://.")
         return self._answer(url, url)
 
+    def either(self, path: str | None, url: str | None) -> Answer:
+        """Caption the uploaded file, or else the address."""
+        if not path and not (url or "").strip():
+            return Answer(message="Drop an image first, or paste its address.")
+        return self.file(path) if path else self.address(url)
+
+    def entry(self, data: bytes, name: str, options: http.Options) -> dict[str, Any]:
+        """What `POST /caption` answers for the bytes of an image.
+
+        Raises:
+            InputError: they are no image that can be captioned.
+        """
+        began = time.perf_counter()
+        image = self._opened(data, name)
+        read = time.perf_counter()
+        with self.turn:
+            found = self._best(image, options)
+        ended = time.perf_counter()
+        return {
+            "caption": found[0].text,
+            "score": round(found[0].score, 6),
+            "alternatives": [{"caption": one.text, "score": round(one.score, 6)} for one in found],
+            "seconds": {"read": round(read - began, 4), "generate": round(ended - read, 4)},
+        }
+
+    def _opened(self, data: bytes, name: str) -> Image.Image:
+        side = 2 * self.bundle.pixels.resized_side
+        return images.to_rgb(images.decode(data, name, min_side=side), name)
+
+    def _best(self, image: Image.Image, options: http.Options) -> list[Caption]:
+        pixels = self.bundle.pixels(image)[None]
+        if self.exported:
+            from captioning.model import onnx_captioner
+
+            bundle = dataclasses.replace(
+                self.bundle, decoding=dataclasses.replace(self.bundle.decoding, **_own(options))
+            )
+            return onnx_captioner.best_captions(bundle, bundle.pixels.normalise(pixels), options.alternatives)[0]
+        import torch
+
+        from captioning.model import explain
+
+        values = self.bundle.pixels.normalise(torch.from_numpy(pixels).to(self.bundle.model.device))
+        with _decoding(self.bundle.model.generation_config, _own(options)):
+            return explain.best_captions(self.bundle, values, options.alternatives)[0]
+
     def _answer(self, source: str | Path, name: str) -> Answer:
         try:
-            side = 2 * resized_side(self.bundle.image_processor)
-            image = images.to_rgb(
-                images.decode(images.read_bytes(source, public=self.public), name, min_side=side), name
-            )
-            with self.turn:
-                explanation = explain.explain(self.bundle, image, self.alternatives, self.layers)
+            image = self._opened(images.read_bytes(source, public=self.public), name)
+            explanation = ""
+            if self.exported:
+                with self.turn:
+                    found = self._best(image, http.Options(alternatives=self.alternatives))
+            else:
+                from captioning.model import explain
+
+                with self.turn:
+                    explained = explain.explain(self.bundle, image, self.alternatives, self.layers)
+                found, explanation = explained.alternatives, _explanation(image, explained)
         except InputError as error:
             message = cli.printable(str(error))
             return Answer(message=f"{message[:1].upper()}{message[1:]}.")
-        return Answer(
-            explanation.caption.text, _alternatives(explanation.alternatives), _explanation(image, explanation)
-        )
+        picture = f'<div class="shown">{_picture(image, SHOWN_SIDE, "The image that is captioned")}</div>'
+        return Answer(found[0].text, _alternatives(found), explanation, picture=picture)
 
 
-def _alternatives(captions: Sequence[explain.Caption]) -> str:
+def _own(options: http.Options) -> dict[str, int]:
+    """The settings of the search that a request asks for."""
+    return {name: value for name in ("num_beams", "max_new_tokens") if (value := getattr(options, name))}
+
+
+@contextlib.contextmanager
+def _decoding(config: Any, settings: dict[str, int]) -> Iterator[None]:
+    """A model's generation settings with others for a while."""
+    usual = {name: getattr(config, name) for name in settings}
+    for name, value in settings.items():
+        setattr(config, name, value)
+    try:
+        yield
+    finally:
+        for name, value in usual.items():
+            setattr(config, name, value)
+
+
+def _alternatives(captions: Sequence[Caption]) -> str:
     rows = "".join(
-        f'<tr><td>{caption.score:.3f}</td><td dir="auto">{html.escape(cli.printable(caption.text))}</td></tr>'
-        for caption in captions
+        f'<li><span dir="auto">{html.escape(cli.printable(caption.text))}</span> '
+        f"<small>{in_words(captions[0].score - caption.score)}</small></li>"
+        for caption in captions[1:]
     )
+    return f'<h2>Other captions</h2><ol class="alternatives">{rows}</ol>' if rows else ""
+
+
+def in_words(worse: float) -> str:
+    """How likely a caption is beside the best one, whose score is higher by `worse`."""
+    return next((words for most, words in IN_WORDS if worse <= most), "much less likely")
+
+
+def _explanation(image: Image.Image, explanation: Explanation) -> str:
+    left, top, right, bottom = explanation.region
+    width, height = image.size
+    seen = image.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
+    seen.thumbnail((CELL_SIDE, CELL_SIDE))
+    cells = []
+    for word in explanation.words:
+        percent = f"{100 * word.probability:.0f} %"
+        text = html.escape(cli.printable(word.text))
+        picture = _picture(pages.highlight(seen, word.attention), CELL_SIDE, f"Where the model looked for {text}")
+        meter = f'<meter min="0" max="1" value="{word.probability:.3f}">{percent}</meter>'
+        cells.append(
+            f'<figure>{picture}<figcaption><b dir="auto">{text}</b><br>{meter} {percent}</figcaption></figure>'
+        )
     return (
-        '<h2>Alternatives</h2><table class="alternatives">'
-        '<thead><tr><th scope="col">score</th><th scope="col">caption</th></tr></thead>'
-        f"<tbody>{rows}</tbody></table><p>The score is the mean log-probability of a caption's tokens.</p>"
+        "<h2>Word by word</h2><p>Orange: where the model looked more than elsewhere when it chose the word. "
+        "Bar: how probable it found the word, given the words before it.</p>"
+        f'<div class="words">{"".join(cells)}</div>'
     )
 
 
-def _explanation(image: Image.Image, explanation: explain.Explanation) -> str:
-    words = [vars(word) for word in explanation.words]
-    page = pages.explanation_page(image, explanation.caption.text, words, region=explanation.region)
+def _picture(image: Image.Image, side: int, alt: str) -> str:
+    """An `img` that holds its picture, its longer side `side` pixels at most; `alt` is HTML already."""
+    image = image.copy()
+    image.thumbnail((side, side))
     data = io.BytesIO()
-    page.save(data, "JPEG", quality=88)
-    said = ", ".join(f"{word.text} {100 * word.probability:.0f} %" for word in explanation.words)
-    alt = html.escape(cli.printable(f"Where the model looked, and how probable it found each word: {said}"))
-    uri = base64.b64encode(data.getvalue()).decode()
-    return f'<h2>Word by word</h2><div class="words"><img alt="{alt}" src="data:image/jpeg;base64,{uri}"></div>'
+    image.save(data, "JPEG", quality=85)
+    return f'<img alt="{alt}" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
 def make_page(captioner: Captioner):
     """The Gradio page, not yet served."""
-    import gradio  # type: ignore[import-not-found]
+    import gradio
 
     def shown(answer: Answer):
         message = f'<p class="message" role="alert">{html.escape(answer.message)}</p>' if answer.message else ""
         return (
             gradio.update(value=message, visible=bool(message)),
+            gradio.update(value=answer.picture, visible=bool(answer.picture)),
             answer.caption,
             answer.alternatives,
             answer.explanation,
@@ -199,9 +249,10 @@ def make_page(captioner: Captioner):
         gradio.Markdown("# Image captioner")
         with gradio.Row():
             with gradio.Column():
-                upload = gradio.File(label="An image: drop it here", file_types=["image"])
+                upload = gradio.File(label="An image: drop it here", file_types=["image"], height=140)
                 url = gradio.Textbox(label="Or its address", placeholder="https://...", elem_id="url")
-                button = gradio.Button("Caption the address", variant="primary")
+                button = gradio.Button("Write a caption", variant="primary", elem_id="go")
+                picture = gradio.HTML(visible=False, elem_id="picture")
             with gradio.Column():
                 message = gradio.HTML(visible=False, elem_id="message")
                 caption = gradio.Textbox(
@@ -214,14 +265,14 @@ def make_page(captioner: Captioner):
                 alternatives = gradio.HTML(elem_id="alternatives")
         explanation = gradio.HTML(elem_id="explanation")
 
-        # One limit for all three: the model does one thing at a time, and the queue shows who waits.
+        # One limit for all: the model does one thing at a time, and the queue shows who waits.
         rules = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
-        shows = [message, caption, alternatives, explanation]
+        shows = [message, picture, caption, alternatives, explanation]
         # The other input is emptied: the page shows one image's caption.
         upload.upload(lambda path: (*shown(captioner.file(path)), ""), upload, [*shows, url], **rules)
-        for event in (button.click, url.submit):
-            event(lambda address: (*shown(captioner.address(address)), None), url, [*shows, upload], **rules)
-    return page
+        url.submit(lambda address: (*shown(captioner.address(address)), None), url, [*shows, upload], **rules)
+        button.click(lambda path, address: shown(captioner.either(path, address)), [upload, url], shows, **rules)
+    return page.queue(max_size=http.Limits().waiting)
 
 
 def check_gradio() -> None:
@@ -232,46 +283,75 @@ def check_gradio() -> None:
         raise InputError("--serve needs Gradio, which is not installed: pip install gradio") from None
 
 
-def serve(bundle: Bundle, host: str, port: int, alternatives: int = 0, layers: Sequence[int] | None = None) -> None:
-    """Serve the page until Ctrl-C.
+def make_server(captioner: Captioner, access: http.Access, port: int, limits: http.Limits | None = None) -> Any:
+    """The page and `POST /caption` behind their guard, as an ASGI application."""
+    import gradio
+
+    app = http.make_app(captioner, limits, public=captioner.public)
+    app = gradio.mount_gradio_app(
+        app,
+        make_page(captioner),
+        path="/",
+        server_name=access.host,
+        server_port=port,
+        footer_links=[],
+        ssr_mode=False,
+        max_file_size=(limits or http.Limits()).body_bytes,
+        # Fonts of the system: the default theme fetches its own from the network.
+        theme=gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"]),
+        css=CSS,
+    )
+    return http.guarded(app, access, limits)
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """A socket that listens.
 
     Raises:
-        InputError: Gradio is missing, or the address cannot be listened on.
+        InputError: the address cannot be listened on.
     """
+    try:
+        family, kind, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        made = socket.socket(family, kind)
+        made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        made.bind(address)
+        made.listen(512)
+    except OSError as error:
+        raise InputError(f"--port {port} on --host {host} cannot be listened on; name another ({error})") from None
+    return made
+
+
+def serve(
+    bundle: Bundle | OnnxBundle,
+    host: str,
+    port: int,
+    alternatives: int = 0,
+    layers: Sequence[int] | None = None,
+    token: str | None = None,
+) -> None:
+    """Serve the page and `POST /caption` until Ctrl-C.
+
+    Raises:
+        InputError: Gradio is missing, or the address cannot be listened on, or others could come without a token.
+    """
+    access = http.Access(host, token)
     with tempfile.TemporaryDirectory(prefix="captioning-") as folder:
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads; gone when the page is
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
         check_gradio()
-        import gradio  # type: ignore[import-not-found]
-        from starlette.middleware import Middleware  # type: ignore[import-not-found]  # Gradio brings it
+        import uvicorn
 
-        page = make_page(Captioner(bundle, alternatives, layers, public=host not in LOOPBACK))
-        # Fonts of the system: the default theme fetches its own from the network.
-        theme = gradio.themes.Default(font=["system-ui", "sans-serif"], font_mono=["monospace"])
-        try:
-            page.launch(
-                server_name=host,
-                server_port=port,
-                share=False,
-                quiet=True,
-                prevent_thread_lock=True,
-                max_file_size=images.MAX_BYTES,
-                footer_links=[],
-                ssr_mode=False,
-                theme=theme,
-                css=CSS,
-                app_kwargs={"middleware": [Middleware(Guard, host=host)]},
+        captioner = Captioner(bundle, alternatives, layers, public=not access.local)
+        with listen(host, port) as listening:
+            app = make_server(captioner, access, port)
+            config = uvicorn.Config(
+                app, log_level="error", access_log=False, timeout_keep_alive=5, timeout_graceful_shutdown=2
             )
-        except OSError as error:
-            raise InputError(f"--port {port} on --host {host} cannot be listened on; name another ({error})") from None
-        try:
-            if host not in LOOPBACK:
+            name = f"[{host}]" if ":" in host else host
+            if not access.local:
                 cli.note(
-                    "everybody who reaches this machine can use the page; for them it fetches from the internet only, "
-                    "not from this machine or local networks"
+                    "whoever has the token can use the page; for them it fetches from the internet only, not from this "
+                    "machine or local networks"
                 )
-            cli.note(f"listening on http://{host}:{port}; Ctrl-C ends it")
-            while True:
-                time.sleep(3600)
-        finally:
-            page.close(verbose=False)
+            cli.note(f"listening on http://{name}:{port}, also for POST /caption (see /docs); Ctrl-C ends it")
+            uvicorn.Server(config).run(sockets=[listening])

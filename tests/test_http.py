@@ -1,0 +1,264 @@
+"""`POST /caption`: its answers, who gets none, and what it does when many ask at once."""
+
+import asyncio
+import contextlib
+import importlib.util
+import io
+import json
+import threading
+import time
+
+import load
+import pytest
+from conftest import free_port
+from httpserver import Server, body, status
+from PIL import Image
+
+from captioning import InputError
+from captioning.model.captioner import load as load_bundle
+from captioning.show import http, serve
+
+MISSING = [name for name in ("fastapi", "uvicorn", "python_multipart") if not importlib.util.find_spec(name)]
+needs_fastapi = pytest.mark.skipif(bool(MISSING), reason=f"needs {', '.join(MISSING)}: pip install gradio")
+
+
+def jpeg(side=64):
+    data = io.BytesIO()
+    Image.effect_mandelbrot((side, side), (-2, -1.5, 1, 1.5), 30).convert("RGB").save(data, "JPEG")
+    return data.getvalue()
+
+
+class Pretended:
+    """A captioner that takes its time and notes what it was asked."""
+
+    public = False
+
+    def __init__(self, seconds=0.0):
+        self.seconds, self.asked, self.running, self.most = seconds, [], 0, 0
+
+    def entry(self, data, name, options):
+        self.running += 1
+        self.most = max(self.most, self.running)
+        time.sleep(self.seconds)
+        self.running -= 1
+        self.asked.append((len(data), name, options))
+        return {"caption": f"{len(data)} bytes"}
+
+
+@contextlib.contextmanager
+def running(captioner, access=None, limits=None, public=False):
+    """The service on a port of its own, without the page."""
+    import uvicorn
+
+    app = http.guarded(http.make_app(captioner, limits, public), access or http.Access("127.0.0.1"), limits)
+    port = free_port()
+    server = uvicorn.Server(uvicorn.Config(app, port=port, log_level="error", timeout_keep_alive=2))
+    thread = threading.Thread(target=server.run, daemon=True)
+    thread.start()
+    while not server.started:
+        time.sleep(0.01)
+    try:
+        yield port
+    finally:
+        server.should_exit = True
+        thread.join(10)
+
+
+def post(port, path="/caption", timeout=20, **options):
+    import requests
+
+    answer = requests.post(f"http://127.0.0.1:{port}{path}", timeout=timeout, **options)
+    return answer.status_code, answer.json()
+
+
+@needs_fastapi
+def test_an_upload_and_an_address_get_the_captions_of_the_command_line(trained, prepared, capsys):
+    import requests
+
+    import inference
+
+    photo = next((prepared / "sample" / "test2014").glob("*.jpg"))
+    inference.main([f"--model_path={trained}", str(photo), "--json", "--alternatives=3", "--device=cpu"])
+    expected = json.loads(capsys.readouterr().out)
+    captioner = serve.Captioner(load_bundle(trained))
+    with running(captioner) as port, Server({"/p.jpg": body(photo.read_bytes()), "/gone": status(404)}) as server:
+        files = {"image": ("p.jpg", photo.read_bytes())}
+        code, found = post(port, files=files, data={"alternatives": "3"})
+        assert code == 200 and found["seconds"]["generate"] > 0
+        for name in ("caption", "alternatives", "score"):
+            assert found[name] == expected[name]
+        assert (
+            post(port, json={"url": server.url("/p.jpg"), "alternatives": 3})[1]["alternatives"]
+            == found["alternatives"]
+        )
+        greedy = post(port, files=files, data={"num_beams": "1", "max_new_tokens": "4"})[1]["caption"]
+        inference.main([f"--model_path={trained}", str(photo), "--num_beams=1", "--max_new_tokens=4", "--device=cpu"])
+        assert greedy == capsys.readouterr().out.strip()
+        assert post(port, files=files)[1]["caption"] == expected["caption"], "options of one request stay with it"
+        for refused, code, message in (
+            ({"json": {"url": server.url("/gone")}}, 502, "404"),
+            ({"json": {"url": "file:///etc/passwd"}}, 400, "begins with http"),
+            ({"json": {"url": "/etc/passwd"}}, 400, "begins with http"),
+            ({"json": {"path": "/etc/passwd"}}, 400, "begins with http"),
+            ({"json": [1]}, 400, "not a JSON object"),
+            ({"data": b"{", "headers": {"Content-Type": "application/json"}}, 400, "not JSON"),
+            ({"data": b"hello"}, 415, "multipart/form-data"),
+            ({"files": {"image": ("n.jpg", b"hello")}}, 400, "'n.jpg': not a JPEG"),
+            ({"files": files, "data": {"num_beams": "99"}}, 400, "num_beams is 99"),
+            ({"files": files, "data": {"alternatives": "many"}}, 400, "alternatives is 'many'"),
+            ({"files": files, "data": {"model_path": "x"}}, 400, "'model_path' is not known"),
+            ({"json": {"url": server.url("/p.jpg"), "num_beams": True}}, 400, "num_beams is True"),
+        ):
+            answered, content = post(port, **refused)
+            assert (answered, set(content)) == (code, {"error"}) and message in content["error"], content
+        assert requests.get(f"http://127.0.0.1:{port}/health", timeout=5).json()["status"] == "ok"
+        docs = requests.get(f"http://127.0.0.1:{port}/docs", timeout=5).text
+        assert (
+            "/caption" in docs
+            and "num_beams" in docs
+            and "http"
+            not in docs.replace("https://example.com", "")
+            .replace("http(s)", "")
+            .replace("over HTTP", "")
+            .replace("HTTP</title>", "")
+        ), "nothing from elsewhere"
+        schema = requests.get(f"http://127.0.0.1:{port}/openapi.json", timeout=5).json()
+        assert set(schema["paths"]["/caption"]["post"]["requestBody"]["content"]) == {
+            "multipart/form-data",
+            "application/json",
+        }
+
+
+# ---- who gets no answer
+
+
+def status_of(access, headers=(), path="/caption", method="POST", query=b"", kind="http"):
+    """What the guard says; 200 where it lets the request through."""
+    sent = []
+
+    async def app(scope, receive, send):
+        await send({"type": "http.response.start", "status": 200, "headers": []})
+
+    async def send(message):
+        sent.append(message)
+
+    scope = {
+        "type": kind,
+        "path": path,
+        "method": method,
+        "query_string": query,
+        "headers": [(name.encode(), value.encode()) for name, value in headers],
+    }
+    asyncio.run(http.guarded(app, access)(scope, None, send))
+    return sent[0].get("status", sent[0]["type"]), dict(sent[0].get("headers", []))
+
+
+LOCAL = http.Access("127.0.0.1")
+HOST = ("host", "127.0.0.1:7860")
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ([HOST], 200),
+        ([("host", "localhost:9000")], 200),
+        ([("host", "[::1]:7860")], 200),
+        ([HOST, ("origin", "http://127.0.0.1:7860")], 200),
+        ([("host", "rebound.example.com:7860")], 403),
+        ([("host", "127.0.0.1.example.com")], 403),
+        ([("host", "evil@127.0.0.1@example.com")], 403),
+        ([("host", "[")], 403),
+        ([], 403),
+        ([HOST, ("origin", "http://example.com")], 403),
+        ([HOST, ("origin", "http://127.0.0.1:7861")], 403),
+        ([HOST, ("origin", "null")], 403),
+        ([HOST, ("sec-fetch-site", "cross-site")], 403),
+        ([HOST, ("content-length", "20000001")], 413),
+        ([HOST, ("content-length", "-1")], 413),
+    ],
+)
+def test_other_origins_and_rebound_names_get_no_answer(headers, code):
+    found, answer = status_of(LOCAL, headers)
+    assert found == code and not any(name.startswith(b"access-control") for name in answer)
+
+
+def test_websockets_of_other_origins_are_closed():
+    assert status_of(LOCAL, [HOST, ("origin", "http://example.com")], kind="websocket")[0] == "websocket.close"
+
+
+def test_others_need_the_token():
+    with pytest.raises(InputError, match="--token"):
+        http.Access("0.0.0.0")
+    with pytest.raises(InputError, match="choose such a one"):
+        http.Access("0.0.0.0", "a;b")
+    access, host = http.Access("0.0.0.0", "secret"), ("host", "10.0.0.7:7860")
+    assert status_of(access, [host])[0] == 401
+    assert status_of(access, [host, ("authorization", "Bearer wrong")])[0] == 401
+    assert status_of(access, [host, ("authorization", "Bearer secret")])[0] == 200
+    assert status_of(access, [host, ("cookie", "a=b; token=secret")])[0] == 200
+    assert status_of(access, [host, ("cookie", "token=secret"), ("origin", "http://example.com")])[0] == 403
+    assert status_of(access, [host], path="/health", method="GET")[0] == 200
+    code, answer = status_of(access, [host], path="/", method="GET", query=b"token=secret")
+    assert code == 303 and answer[b"location"] == b"/" and b"HttpOnly; SameSite=Strict" in answer[b"set-cookie"]
+    assert status_of(access, [host], path="/", method="GET", query=b"token=wrong")[0] == 401
+
+
+def test_a_page_open_to_others_refuses_before_it_loads_a_model(tmp_path, monkeypatch):
+    import inference
+
+    monkeypatch.delenv("CAPTIONING_TOKEN", raising=False)
+    monkeypatch.setattr(serve, "check_gradio", lambda: None)
+    monkeypatch.setattr(inference, "load_model", lambda args: pytest.fail("loaded"))
+    with pytest.raises(InputError, match="choose a password with --token"):
+        inference.main([f"--model_path={tmp_path}", "--serve", "--host=0.0.0.0"])
+
+
+@needs_fastapi
+def test_for_others_this_machine_is_not_fetched_from():
+    with running(Pretended(), public=True) as port, Server({"/p.jpg": body(jpeg())}) as server:
+        code, found = post(port, json={"url": server.url("/p.jpg")})
+        assert code == 502 and "local network" in found["error"]
+        assert not server.requests
+
+
+# ---- many at once
+
+
+@needs_fastapi
+def test_of_two_hundred_at_once_each_gets_a_caption_or_is_told_to_wait():
+    captioner, limits = Pretended(0.005), http.Limits(waiting=10)
+    with running(captioner, limits=limits) as port:
+        found = asyncio.run(load.load(port, [load.multipart(jpeg()), load.multipart(bytes(1_000_000))], 200, 2.0))
+    assert set(found["statuses"]) == {200, 503} and found["statuses"][200] >= 3
+    assert captioner.most == 1, "one image at a time"
+
+
+@needs_fastapi
+def test_a_slow_client_blocks_nobody_and_is_cut_off():
+    async def both(port):
+        slow = [asyncio.create_task(load.ask(port, *load.multipart(bytes(5000)), pause=0.2)) for _ in range(5)]
+        await asyncio.sleep(0.3)
+        began = time.monotonic()
+        quick = await load.ask(port, *load.multipart(jpeg()))
+        return quick, time.monotonic() - began, [code for code, _ in await asyncio.gather(*slow)]
+
+    with running(Pretended(), limits=http.Limits(body_seconds=3.0)) as port:
+        (code, _), seconds, slow = asyncio.run(both(port))
+    assert code == 200 and seconds < 2.5
+    assert set(slow) <= {408, 0}  # 0: the answer came while the client still wrote
+
+
+@needs_fastapi
+def test_a_body_larger_than_it_may_be_is_cut_off():
+    captioner = Pretended()
+    with running(captioner, limits=http.Limits(body_bytes=10_000)) as port:
+        assert post(port, files={"image": ("p.jpg", bytes(20_000))})[0] == 413
+        import requests
+
+        with contextlib.suppress(requests.ConnectionError):  # without a length, it is noticed while it arrives
+            endless = (b"x" * 1000 for _ in range(100))
+            headers = {"Content-Type": "multipart/form-data; boundary=x"}
+            answer = requests.post(f"http://127.0.0.1:{port}/caption", data=endless, headers=headers, timeout=10)
+            assert answer.status_code >= 400
+        assert post(port, files={"image": ("p.jpg", bytes(5000))})[0] == 200
+    assert len(captioner.asked) == 1
