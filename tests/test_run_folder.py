@@ -128,7 +128,7 @@ def test_transformers_4_knows_the_class_of_the_tokenizer(prepared, trained):
 
 def test_each_evaluation_shows_the_same_images_captions(trained):
     # The progress bar is drawn in between.
-    said = re.findall(r"(validation loss|    image (\d+): (.*))", (trained.parent / "stderr.txt").read_text())
+    said = re.findall(r"(validation loss|    (\S+\.jpg): (.*))", (trained.parent / "stderr.txt").read_text())
     assert [bool(image) for _, image, _ in said] == [False, True, True, True] * 2
     assert [image for _, image, _ in said[1:4]] == [image for _, image, _ in said[5:]]
     assert all(caption.strip() for _, image, caption in said if image)
