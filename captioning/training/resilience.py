@@ -15,6 +15,7 @@ import re
 import shutil
 import signal
 import sys
+import tempfile
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
@@ -192,12 +193,32 @@ def explained(training, evaluating: bool = False) -> Iterator[None]:
     except Exception as error:  # the tokenizers' library raises that and nothing narrower for a full disk
         sentence = (
             _lost_process(error, training)
+            or _no_room_for_workers(error, training)
             or _full_disk(error, Path(training.output_dir))
             or _no_memory(error, training, evaluating)
         )
         if sentence is None:
             raise
         raise InputError(sentence) from error
+
+
+def _no_room_for_workers(error: Exception, training) -> str | None:
+    """Data workers hand over batches in shared memory, by a socket in the folder of temporary files."""
+    full = r"No space left on device|Disk quota exceeded|File too large|No usable temporary directory"
+    signs = rf"(?s)DataLoader worker.*({full}|unable to (open|resize|write to|mmap) .*torch_)"
+    if not re.search(signs, str(error)):
+        return None
+    return (
+        f"no room for what the data workers hand over, in shared memory (/dev/shm) or in '{_temporary()}'; make room "
+        f"there, or leave the workers out with --dataloader_num_workers 0 (now {training.dataloader_num_workers})"
+    )
+
+
+def _temporary() -> str:
+    try:
+        return tempfile.gettempdir()
+    except OSError:  # it is full, and no other is there
+        return os.environ.get("TMPDIR", "/tmp")
 
 
 def _no_memory(error: Exception, training, evaluating: bool) -> str | None:

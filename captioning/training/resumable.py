@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import hashlib
 import math
+import multiprocessing.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -92,6 +93,20 @@ def check_state(checkpoint: Path) -> None:
     check(control, {}, f"TrainerControl in {what}", remedy, ["should_evaluate"])
     if set(control) - switches:
         raise InputError(f"TrainerControl in {what} says {shown(min(set(control) - switches))}; {remedy}")
+
+
+def shared(collate: Callable[[Any], dict[str, torch.Tensor]], rows: Any) -> dict[str, torch.Tensor]:
+    """A batch; in a data worker its tensors lie in shared memory already.
+
+    Otherwise a thread of the worker's would put them there, and where there is no room the batch would be lost with a
+    traceback on stderr. Here an error reaches the training.
+    """
+    batch = collate(rows)
+    if torch.utils.data.get_worker_info() is not None:
+        multiprocessing.util.get_temp_dir()  # where the socket lies that hands over memory
+        for tensor in batch.values():
+            tensor.share_memory_()
+    return batch
 
 
 class EvaluationStopped(Exception):
@@ -174,6 +189,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         loader = super()._get_dataloader(*args, **kwargs)
         inner = getattr(loader, "base_dataloader", loader)  # accelerate's wrapper hands on what is read, not written
         inner.worker_init_fn = functools.partial(in_own_group, then=inner.worker_init_fn)
+        inner.collate_fn = functools.partial(shared, inner.collate_fn)
         # A loader draws its workers' seed whenever it starts them, which a resumed run does at other times: not from
         # the generator that dropout draws from.
         inner.generator = torch.Generator().manual_seed(self.args.seed)

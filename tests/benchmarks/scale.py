@@ -4,6 +4,7 @@
     python tests/benchmarks/scale.py --shares 0.01 --images DIR   # images of a COCO 2014 root instead of drawn ones
     python tests/benchmarks/scale.py --form csv                   # a CSV of a million rows, five to an image
     python tests/benchmarks/scale.py --form tar                   # tars of a million images with a text each
+    python tests/benchmarks/scale.py --form prepared              # a prepared folder: looked through, then opened again
 
 All of it is 82,783 + 40,504 images with 616,767 captions, or a million rows. The images are hard links to a few hundred
 files, small ones of 64 x 48 pixels where rows are what is measured. Memory is
@@ -46,8 +47,12 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--num_proc", type=int, default=os.cpu_count())
     parser.add_argument("--encoder", default="base", help="decides the stored size: base is 256 px")
     parser.add_argument("--decoder", default="small", help="a preset, or what the tokenizer is taken from")
-    parser.add_argument("--form", choices=("coco", "csv", "tar"), default="coco", help="what the data set is")
+    parser.add_argument(
+        "--form", choices=("coco", "csv", "tar", "prepared"), default="coco", help="what the data set is"
+    )
     args = parser.parse_args(argv)
+    if args.form == "prepared":
+        return [measure_check(share, args.images) for share in args.shares]
     results = []
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         files, captions = source(args.images, Path(folder) / "originals")
@@ -202,6 +207,54 @@ def measure(root: Path, out: Path, args: argparse.Namespace) -> dict[str, float]
         "size": size / 1e6,
         "rows": rows_per_second(out),
     }
+
+
+def measure_check(share: float, root: Path | None) -> dict[str, float]:
+    """Open a prepared folder of a share of COCO 2014 for the first time, when it is looked through, and again."""
+    import datasets
+    from datasets.arrow_writer import ArrowWriter
+
+    from captioning.data.folder import load_prepared
+
+    image, text = datasets.Image(), datasets.Value("string")
+    kinds = {"image_id": datasets.Value("int64"), "file_name": text, "image": image, "captions": datasets.List(text)}
+    kinds["labels"] = datasets.List(datasets.List(datasets.Value("int32")))
+    counts = {"train": round(FULL["train2014"][0] * share), "validation": round(FULL["val2014"][0] * share / 2)}
+    counts["test"] = round(FULL["val2014"][0] * share) - counts["validation"]
+    with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
+        os.environ["XDG_CACHE_HOME"] = f"{folder}/cache"
+        data = Path(folder) / "data"
+        files, captions = source(root, Path(folder) / "originals")
+        images = [file.read_bytes() for file in (files if root else shrunk(files, Path(folder) / "small"))]
+        rng, image_id = random.Random(0), 0
+        for split, count in counts.items():
+            (data / split).mkdir(parents=True)
+            with ArrowWriter(features=datasets.Features(kinds), path=str(data / split / "data.arrow")) as writer:
+                for _ in range(count):
+                    image_id += 1
+                    row = {"image_id": image_id, "file_name": f"{image_id}.jpg"}
+                    row["image"] = {"bytes": images[image_id % len(images)], "path": None}
+                    row["captions"] = rng.sample(captions, 5)
+                    row["labels"] = [[rng.randrange(5000) for _ in range(12)] for _ in range(5)]
+                    writer.write(row)
+                writer.finalize()
+            (data / split / "state.json").write_text(json.dumps({"_data_files": [{"filename": "data.arrow"}]}))
+        (data / "dataset_dict.json").write_text(json.dumps({"splits": list(counts)}))
+        told = {"source": "drawn scenes", "encoder": "tiny", "decoder": "tiny", "images": counts}
+        (data / "dataset.json").write_text(json.dumps(told))
+        size = sum(file.stat().st_size for file in data.rglob("*") if file.is_file())
+        seconds = []
+        for _ in range(2):
+            began = time.monotonic()
+            load_prepared(data)
+            seconds.append(time.monotonic() - began)
+    result = {"images": image_id, "size": size / 1e6, "first": seconds[0], "again": seconds[1], "cpu": cpu_seconds()}
+    print("| images | folder MB | seconds, looked through | seconds, again | CPU seconds of looking |")
+    print("|---:|---:|---:|---:|---:|")
+    print(
+        f"| {image_id:,} | {size / 1e6:,.0f} | {seconds[0]:.1f} | {seconds[1]:.2f} | {result['cpu']:.1f} |", flush=True
+    )
+    return result
 
 
 def cpu_seconds() -> float:
