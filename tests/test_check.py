@@ -261,3 +261,26 @@ def test_a_long_number_of_bytes_is_not_read(tmp_path):
 
 def test_what_the_scripts_write_is_what_is_expected(few):
     foreign.check(json.loads((few / "dataset.json").read_text()), folder.DESCRIBED, "it", needed=folder.NEEDED)
+
+
+@pytest.mark.parametrize("number", range(12))
+def test_a_saved_dataset_of_a_stranger_is_read_or_refused(number, few, tmp_path, monkeypatch, capsys):
+    """By dataloader.py --data."""
+    copy = shutil.copytree(few, tmp_path / "data")
+    (copy / "dataset.json").unlink()
+    rng = random.Random(number)
+    if number < 3:
+        path = copy / "train" / ("state.json", "dataset_info.json")[number % 2]
+        path.unlink()
+        os.mkfifo(path) if number == 2 else path.write_text('{"a":' * 100_000)
+    else:
+        shard = next((copy / "train").glob("*.arrow"))
+        content = bytearray(shard.read_bytes())
+        content[-1 - rng.randrange(4000)] ^= 1 << rng.randrange(8)
+        shard.write_bytes(content)
+    words = [f"--data={copy}", f"--save_path={tmp_path / 'out'}", "--encoder=tiny", "--decoder=tiny", "--limit_data=0"]
+    code = run("dataloader", [*words, "--num_proc=1"], monkeypatch)
+    error = capsys.readouterr().err
+    assert code in (0, 2) and "Traceback" not in error
+    assert (tmp_path / "out").exists() == (code == 0)
+    assert code == 2 or number >= 3

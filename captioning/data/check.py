@@ -70,6 +70,36 @@ def check(folder: Path, shards: Mapping[str, Sequence[Path]]) -> None:
                 old.unlink()
 
 
+def check_arrow(paths: Sequence[Path], what: str) -> None:
+    """Refuse Arrow files of any columns that are damaged.
+
+    Args:
+        what: how messages call them.
+
+    Raises:
+        InputError: one is.
+    """
+    for path in paths:
+        refuse_special(path)
+    size = sum(path.stat().st_size for path in paths)
+    seconds = 60 + size / BYTES_A_SECOND
+    reason = apart(examine_tables, [str(path) for path in paths], seconds=seconds, memory=size + MEMORY)
+    if reason != "":
+        raise InputError(f"{what} is not an Arrow file, or damaged ({reason or 'Arrow itself ends'}); get it again")
+
+
+def examine_tables(paths: Sequence[str]) -> str:
+    """What is wrong with Arrow files, "" if nothing is."""
+    from captioning.data.records import open_arrow
+
+    try:
+        for path in paths:
+            open_arrow(path).validate(full=True)
+    except Exception as error:  # of pyarrow and Python, whatever damage makes them raise
+        return " ".join(str(error).split())[:200] or type(error).__name__
+    return ""
+
+
 def _cache() -> Path:
     root = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(root).expanduser() / "captioning" / "checked"

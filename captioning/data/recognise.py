@@ -24,6 +24,7 @@ from urllib.parse import unquote, urlsplit
 
 from captioning import InputError, cli
 from captioning.data import forms, tables
+from captioning.data.check import check_arrow
 from captioning.data.choose import SPLITS
 from captioning.data.fetch import shown
 from captioning.data.find import Finder, plain
@@ -31,6 +32,7 @@ from captioning.data.forms import Item
 from captioning.data.images import SUFFIXES
 from captioning.data.records import Record
 from captioning.data.tables import Columns, Table, Wanted
+from captioning.files import read_json
 
 TABLES = (".csv", ".tsv", ".txt", ".token", ".tab", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 NO_CAPTIONS = ("instances_", "person_keypoints_", "image_info_", "stuff_", "panoptic_", "read", "licen", "requirements")
@@ -232,6 +234,10 @@ def _pattern(source: str, wanted: Wanted) -> Parts:
 def _saved(root: Path, wanted: Wanted, spool: Path) -> Parts:
     from datasets import load_from_disk
 
+    for path in sorted(root.rglob("*.json")):
+        if path.name in ("dataset_dict.json", "dataset_info.json", "state.json"):
+            read_json(path, "save the dataset again")
+    check_arrow(sorted(root.rglob("*.arrow")), f"--data '{root}'")
     try:
         dataset = load_from_disk(str(root))
     except Exception as error:  # of pyarrow, fsspec, json and more

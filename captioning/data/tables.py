@@ -335,8 +335,10 @@ def read_parquet(path: Path) -> Table:
 def read_arrow(path: Path) -> Table:
     import pyarrow
 
+    from captioning.data.check import check_arrow
     from captioning.data.records import open_arrow
 
+    check_arrow([path], f"'{path}'")
     try:
         table = open_arrow(str(path))
     except (pyarrow.ArrowException, OSError) as error:
