@@ -75,14 +75,15 @@ def read_json(path: Path, remedy: str = "correct the file", most: int = MOST_BYT
     Args:
         remedy: what to do when it holds something else.
         most: bytes.
-        finite: refuse NaN and infinity, which are no JSON, but which Python writes.
+        finite: refuse NaN and infinity, which are no JSON, but which Python writes, and 1e999.
 
     Raises:
         InputError: as `read_bytes`; or it is no JSON, or nested deeper than DEEPEST.
     """
     data = read_bytes(path, most)
     try:
-        content = json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant if finite else None)
+        numbers: dict[str, Any] = {"parse_constant": _refuse_number, "parse_float": _finite} if finite else {}
+        content = json.loads(data.decode("utf-8-sig"), **numbers)
         del data
         deep = _is_deeper(content, DEEPEST)
     except UnicodeDecodeError as error:
@@ -97,8 +98,12 @@ def read_json(path: Path, remedy: str = "correct the file", most: int = MOST_BYT
     return content
 
 
-def _refuse_constant(name: str) -> None:
-    raise ValueError(f"{name} is no JSON")
+def _refuse_number(name: str) -> float:
+    raise ValueError(f"{name} is no number here")
+
+
+def _finite(text: str) -> float:
+    return value if math.isfinite(value := float(text)) else _refuse_number(text)
 
 
 def _is_deeper(content: Any, depth: int) -> bool:

@@ -556,7 +556,7 @@ def _refuse_shared_images(splits: Mapping[str, Split]) -> None:
 
 def _load_one(folder: Path) -> tuple[Mapping[str, datasets.Dataset], dict[str, Any]]:
     """The rows of each split of one folder, and its `dataset.json`."""
-    description = read_json(folder / DESCRIPTION, AGAIN)
+    description = foreign.read_json(folder / DESCRIPTION, AGAIN, finite=True)
     told = foreign.check(description, DESCRIBED, f"'{folder}/{DESCRIPTION}'", AGAIN, NEEDED)
     if set(SPLITS) - set(told["images"]):
         raise InputError(f"'{folder}/{DESCRIPTION}' does not count each split's images; {AGAIN}")
