@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from captioning.scores.metrics import Evaluation
 
 GALLERY = 20  # images, the first ones of the test split
+NEEDED = ("torch", "transformers", "pillow")  # by the model card's code
 TRIED_WITH = "4.57 and 5.23"  # where the model card's code gives the captions of inference.py
 
 
@@ -123,13 +124,15 @@ def model_card(results: Mapping[str, Any], name: str) -> str:
         results: what `results.json` holds.
         name: of the model.
     """
-    names, data, test = results["model"], results["data"], results["test"]
+    names, data, test, versions = results["model"], results["data"], results["test"], results["versions"]
     # Only what was fetched from the hub has a name there; a local folder's would be a wrong link.
     parts = [part for part in (names["encoder"], names["decoder"]) if is_hub_id(part)]
     metadata = ModelCardData(
         model_name=name,
         library_name="transformers",
         pipeline_tag="image-to-text",
+        license="other",
+        license_name="not-chosen",
         tags=["image-captioning", "vision-encoder-decoder"],
         base_model=parts or None,
         eval_results=[
@@ -186,7 +189,35 @@ tokens = model.generate(**image_processor(image, return_tensors="pt"))
 print(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
 ```
 
-Tried with transformers {TRIED_WITH}. Version 5 has no `pipeline("image-to-text")` any more: use the code above.
+Tried with transformers {TRIED_WITH}. Version 5 has no `pipeline("image-to-text")` any more: use the code above. The
+model was trained with these versions:
+
+```
+pip install {" ".join(f"{name}=={versions[name]}" if name in versions else name for name in NEEDED)}
+```
+
+**Without PyTorch.** The trainer exports the model for onnxruntime, and captions with that:
+
+```
+pip install onnxruntime onnx onnxscript
+python inference.py --export onnx --model_path . --output exported
+python inference.py --model_path exported photo.jpg
+```
+
+**In a browser.** `python inference.py --serve --in_browser --model_path exported` serves a page that captions there. In
+a page of your own, transformers.js reads the folder. It searches greedily and resizes in its own way, so that its
+captions differ:
+
+```js
+import {{ env, pipeline }} from "@huggingface/transformers";
+env.allowLocalModels = true; // the folder lies at /models/exported
+const captioner = await pipeline("image-to-text", "exported");
+console.log(await captioner("photo.jpg"));
+```
+
+**Licence.** Whoever publishes this model chooses one, and writes it into `license` above. It has to fit those of
+{names["encoder"] if is_hub_id(names["encoder"]) else "the encoder"},
+{names["decoder"] if is_hub_id(names["decoder"]) else "the decoder"} and the data ({data["source"]}).
 """
     return ModelCard(card).content
 
