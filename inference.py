@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from captioning.model.explain import Caption
     from captioning.model.onnx_captioner import OnnxBundle
     from captioning.model.wishes import Wishes
+    from captioning.scores.confidence import Calibration, Judged
     from captioning.show.clip_scores import ClipScores
 
 MOST_ALTERNATIVES = 100  # each is a beam, which takes memory
@@ -121,6 +122,14 @@ class Arguments:
         metavar="N",
     )
 
+    min_confidence: float | None = flag(
+        None,
+        FORM,
+        "leave images whose caption is less sure than this (0 to 1) to a person: no caption, but a line on stderr and "
+        "a draft in JSON and tables",
+        metavar="P",
+    )
+
     num_beams: int | None = flag(None, HOW, "captions considered side by side; 1 is greedy")
     max_new_tokens: int | None = flag(None, HOW, "longest caption, in tokens")
     batch_size: int = flag(16, HOW, "images at a time")
@@ -188,6 +197,12 @@ class Arguments:
         metavar="DIR",
     )
     split: str = flag("test", SCORE, "which of them", choices=("train", "validation", "test"))
+    calibrate: bool = flag(
+        False,
+        SCORE,
+        "with --split validation: learn from it how sure captions are, and keep that in the run folder, as train.py "
+        "does at its end",
+    )
     predictions: list[Path] | None = flag(
         None,
         SCORE,
@@ -226,6 +241,8 @@ class Arguments:
             raise InputError(f"--alternatives {self.alternatives} is not between 1 and {MOST_ALTERNATIVES}")
         if not 1 <= self.port <= 65535:
             raise InputError(f"--port {self.port} is not between 1 and 65535")
+        if self.min_confidence is not None and not 0 <= self.min_confidence <= 1:
+            raise InputError(f"--min_confidence {self.min_confidence} is not between 0 and 1")
         self._check_combinations()
         self._check_wishes()
         self._check_paths()
@@ -243,6 +260,14 @@ class Arguments:
         if self.shard is not None and self.part is None:
             raise InputError(f"--shard {self.shard} is not a part such as 1/4, the first of four")
         self._check_outputs()
+        if self.min_confidence is not None and not self.image_path:
+            raise InputError("--min_confidence is for --image_path")
+        if self.calibrate and not (self.data_path and self.split == "validation"):
+            raise InputError(
+                "--calibrate needs --data_path and --split validation: the other splits are for other uses"
+            )
+        if self.calibrate and (self.predictions or self.compare or self.exported or not Path(self.model_path).is_dir()):
+            raise InputError("--calibrate needs the folder of a run, --model_path, and writes into it")
         if self.explain_layers and not (self.explain or self.serve):
             raise InputError("--explain_layers needs --explain or --serve")
         for name in ("image_path", "data_path", "output", "json", "explain"):
@@ -304,6 +329,11 @@ class Arguments:
             return
         if self.predictions:
             raise InputError(f"--{next(iter(self.wishes.settings()))} has no use with --predictions: they are written")
+        if self.calibrate:
+            name = next(iter(self.wishes.settings()))
+            raise InputError(
+                f"--{name} has no use with --calibrate, which learns from captions as the model writes them"
+            )
         if self.seed and not self.wishes.drawn:
             raise InputError("--seed is for captions that are drawn; add --temperature or --top_p")
         if self.wishes.drawn and (self.num_beams or 1) > 1:
@@ -451,8 +481,30 @@ def serve(args: Arguments) -> int:
     http.Access(args.host, token)  # refused before the model is loaded
     bundle = load_exported(args) if args.exported else load_model(args)
     alternatives = args.alternatives if args.alternatives > 1 else 0
-    serve.serve(bundle, args.host, args.port, alternatives, args.explain_layers, token)
+    calibration = load_calibration(args)
+    serve.serve(bundle, args.host, args.port, alternatives, args.explain_layers, token, calibration)
     return 0
+
+
+def load_calibration(args: Arguments) -> Calibration | None:
+    """How sure captions of the model are; None where its folder does not say.
+
+    Raises:
+        InputError: a flag needs it, and it is not there.
+    """
+    from captioning.scores import confidence
+
+    folder = Path(args.model_path)
+    if not folder.is_dir():
+        if folder.is_absolute():
+            return None  # there is no such model, as loading it will say
+        from captioning.model import parts
+
+        folder = parts.resolve(args.model_path, "--model_path")
+    calibration = None if args.exported else confidence.read(folder)
+    if calibration is None and args.min_confidence is not None:
+        raise confidence.missing("--min_confidence", args.model_path)
+    return calibration
 
 
 def load_exported(args: Arguments) -> OnnxBundle:
@@ -538,11 +590,12 @@ def caption_images(args: Arguments) -> int:
         raise InputError(f"--explain draws one image, and --image_path names {len(sources):,}; give one of them")
     if not any(source.is_there() for source in sources):
         sources[0].read()  # nothing to caption at all: say so before the model is loaded
-    with open_outputs(args, sources) as out:
+    calibration = load_calibration(args)
+    with open_outputs(args, sources, calibration is not None) as out:
         left = [source for source in sources if not out.has(source)]
         if len(left) < len(sources):
             cli.note(f"{len(sources) - len(left):,} of {len(sources):,} images are in {out} already, and are skipped")
-        done, failures = write_captions(args, left, out) if left else (0, [])
+        done, failures = write_captions(args, left, out, calibration) if left else (0, [])
     if len(sources) == 1 and failures:
         raise InputError(failures[0])
     if out and done:
@@ -555,13 +608,19 @@ def caption_images(args: Arguments) -> int:
     return 0
 
 
-def open_outputs(args: Arguments, sources: Sequence[Source]) -> outputs.Outputs:
-    """Where the captions go; none, if they go to stdout."""
+def open_outputs(args: Arguments, sources: Sequence[Source], sure: bool) -> outputs.Outputs:
+    """Where the captions go; none, if they go to stdout.
+
+    Args:
+        sure: each has a confidence.
+    """
     mode: outputs.Mode = "overwrite" if args.overwrite else "append" if args.append else "continue"
     out = outputs.Outputs()
     if args.output:
         file = outputs.of_shard(args.output, args.part)
-        out.output = outputs.Captions(file, args.made_with(), mode, entries.columns(args.alternatives))
+        out.output = outputs.Captions(
+            file, args.made_with(), mode, entries.columns(args.alternatives, sure, args.min_confidence is not None)
+        )
     if args.metadata:
         file = Path(sources[0].root, "metadata.jsonl")
         out.metadata = outputs.Captions(file, args.made_with(), mode, key="file_name")
@@ -570,10 +629,13 @@ def open_outputs(args: Arguments, sources: Sequence[Source]) -> outputs.Outputs:
     return out
 
 
-def write_captions(args: Arguments, sources: Sequence[Source], out: outputs.Outputs) -> tuple[int, list[str]]:
+def write_captions(
+    args: Arguments, sources: Sequence[Source], out: outputs.Outputs, calibration: Calibration | None
+) -> tuple[int, list[str]]:
     """Caption images, each written or printed as soon as it is made; how many, and why others have no caption."""
     failures: list[str] = []
     captions: list[str] = []
+    unsure: list[str] = []
     done = 0
 
     def failed(source: Source, reason: str) -> None:
@@ -582,18 +644,25 @@ def write_captions(args: Arguments, sources: Sequence[Source], out: outputs.Outp
 
     bundle = load_exported(args) if args.exported else load_model(args)
     try:
-        for source, entry in make_entries(sources, bundle, args, failed, out.flush):
+        for source, entry in make_entries(sources, bundle, args, failed, out.flush, calibration):
             done += 1
+            if entry.get("needs_review"):
+                unsure.append(f"{entry['path']}: confidence {entry['confidence']:.2f}")
             if out:
                 out.write(source, entry)
-            else:
+            elif args.json or not entry.get("needs_review"):
                 print(entries.shown(entry, args.json, args.alternatives > 1, named=len(sources) > 1), flush=True)
-            if len(captions) < ENOUGH_TO_WARN:
+            if len(captions) < ENOUGH_TO_WARN and entry["caption"]:
                 captions.append(entry["caption"])
     except KeyboardInterrupt:
         kept = f"; {done:,} captions were written to {out}, and the same command goes on from there" if out else ""
         raise KeyboardInterrupt(f"stopped{kept}") from None
     warn_of_monotony(captions)
+    if unsure:
+        limit = f"below --min_confidence {args.min_confidence:g}"
+        cli.note(f"{len(unsure):,} of {len(sources):,} images are left to a person, {limit}:")
+        for line in unsure:
+            cli.note(f"  {cli.printable(line)}")
     return done, failures
 
 
@@ -611,6 +680,7 @@ def make_entries(
     args: Arguments,
     failed: Callable[[Source, str], None],
     after_batch: Callable[[], None],
+    calibration: Calibration | None,
 ) -> Iterator[tuple[Source, entries.Entry]]:
     """What is said of each image that can be read; `failed` is told why others cannot."""
     in_batches, generate, best_captions = captioning_functions(args)
@@ -621,33 +691,42 @@ def make_entries(
     with_pixels = ((picture, picture.content) for picture in read)
     made: Iterator[tuple[Picture, Any, float]]
     if args.explain:
-        made = explained(cast("Bundle", bundle), read, args)
+        made = explained(cast("Bundle", bundle), read, args, calibration)
     else:
         make: Callable[..., Sequence[Any]] = generate
-        if args.json or args.alternatives > 1:
+        # How probable a caption is takes a few per cent of the time more: only where it is told.
+        sure = calibration is not None and (args.output is not None or args.min_confidence is not None)
+        if args.json or args.alternatives > 1 or sure:
             make = functools.partial(best_captions, count=args.alternatives)
         made = in_batches(bundle, with_pixels, args.batch_size, make, len(sources), after_batch=after_batch)
     for picture, found, seconds in made:
-        entry = entries.entry(picture.source.name, found)
-        if args.json and not isinstance(found, str):
-            entry["tokens"] = entries.token_list(bundle, found[0])
-            entry["seconds"] = {"read": round(picture.seconds, 4), "generate": round(seconds, 4)}
+        entry = entries.entry(picture.source.name, found, args.json or args.alternatives > 1)
+        if not isinstance(found, str):
+            if calibration:
+                from captioning.show import certainty
+
+                entry |= certainty.of_entry(entry, found, calibration, args.min_confidence)
+            if args.json:
+                entry["tokens"] = entries.token_list(bundle, found[0])
+                if calibration:
+                    entry["words"] = certainty.words(bundle.tokenizer, found[0], calibration)
+                entry["seconds"] = {"read": round(picture.seconds, 4), "generate": round(seconds, 4)}
         yield picture.source, entry
 
 
 def explained(
-    bundle: Bundle, read: Iterable[Picture], args: Arguments
+    bundle: Bundle, read: Iterable[Picture], args: Arguments, calibration: Calibration | None
 ) -> Iterator[tuple[Picture, list[Caption], float]]:
     """Caption each picture, and draw where the model looked."""
     from captioning.model import explain
-    from captioning.show import pages
+    from captioning.show import certainty, pages
 
     assert args.explain is not None
     for picture in read:
         began = time.perf_counter()
         explanation = explain.explain(bundle, picture.content, args.alternatives, args.explain_layers)
         seconds = time.perf_counter() - began
-        words = [vars(word) for word in explanation.words]
+        words = certainty.explained(explanation.words, calibration)
         text, region = explanation.caption.text, explanation.region
         pages.draw_explanation(picture.content, text, words, args.explain, region=region)
         cli.note(f"explanation written to {args.explain}")
@@ -661,7 +740,7 @@ def score(args: Arguments) -> int:
     """Score a run folder on a split of `--data_path`, or anybody's captions on that or on an annotation file."""
     from captioning.data.facts import more_scores
     from captioning.data.predictions import read_predictions, read_references
-    from captioning.scores import bootstrap, metrics
+    from captioning.scores import bootstrap, confidence, metrics
     from captioning.show import tables
     from captioning.show.run_folder import diversity_of, scores_of
 
@@ -671,13 +750,14 @@ def score(args: Arguments) -> int:
     else:
         split, references = prepared_split(args)
     settings: dict[str, Any] = {}
+    judged: dict[int, Judged] = {}
     # Names of their own: the run folder's results.json and predictions_test.json stay what train.py wrote.
     if args.predictions:
         predictions = read_predictions(args.predictions, references, args.subset).captions
         target = args.predictions[0].with_name(f"{args.predictions[0].stem}_scores_per_image.json")
     else:
         assert split is not None
-        predictions, settings = caption_split(split, args)
+        predictions, settings, judged = caption_split(split, args)
         folder = Path(args.model_path) if Path(args.model_path).is_dir() else Path()
         file = args.output or folder / f"scored_{args.split}_predictions.json"
         write_json(file, split.results(predictions))
@@ -693,7 +773,16 @@ def score(args: Arguments) -> int:
         if clip := clip_scores(args, split):
             found = clip(found, predictions)
     per_image = found.per_image()
-    each = [{**entry, **per_image[entry["image_id"]]} for entry in results]
+    each: list[dict[str, Any]] = [{**entry, **per_image[entry["image_id"]]} for entry in results]
+    if args.calibrate:
+        learnt = confidence.calibrate(judged, captions, f"{references.source}, {args.split} split")
+        confidence.write(Path(args.model_path), learnt)
+        cli.note(f"how sure captions are, learnt from {learnt.images:,} of them, written to {confidence.FILE}")
+    reliability: dict[str, Any] = {}
+    if judged and (calibration := load_calibration(args)):
+        sure = {image_id: calibration.caption(caption) for image_id, caption in judged.items()}
+        each = [row | {"confidence": sure[row["image_id"]]} for row in each]
+        reliability = confidence.reliability_of(sure, {key: row["cider_d"] for key, row in per_image.items()})
     write_json(target, sorted(each, key=lambda row: row["cider_d"]))
     cli.note(f"scores of each image, the worst first, written to {target}")
     scores, protocol = scores_of(found) | {"diversity": diversity_of(predictions, captions)}, found.protocol
@@ -702,11 +791,14 @@ def score(args: Arguments) -> int:
     if not args.predictions:
         told: dict[str, Any] = {"protocol": protocol, "interval": bootstrap.PROTOCOL, "split": args.split}
         told |= {"data": references.source, "decoding": settings}
-        write_json(target.with_name(f"scored_{args.split}_results.json"), told | scores)
+        told |= scores | ({"confidence": reliability} if reliability else {})
+        write_json(target.with_name(f"scored_{args.split}_results.json"), told)
     where = "" if args.annotations else f"{args.split} split, "
     cli.note(f"{where}{len(captions):,} images, {references.source}{references.parts}; {protocol}")
     cli.note(f"in brackets: {bootstrap.PROTOCOL}; signature: {found.signature}")
     warn_of_monotony(list(predictions.values()), list(captions.values()))
+    if reliability:
+        cli.note(confidence.told(reliability))
     print(tables.scores({"references" if args.annotations else args.split: scores}))
     print(f"\n{tables.diversity(**scores['diversity'])}")
     return 0
@@ -780,7 +872,7 @@ def captions_of(path: str, split: Split, references: References, args: Arguments
             cli.note(f"{path}: captions of {name}")
             return captions
     cli.note(f"{path}: has no captions of this split; its model writes them")
-    captions, _ = caption_split(split, replace(args, model_path=path))
+    captions, *_ = caption_split(split, replace(args, model_path=path))
     write_json(Path(path) / f"scored_{args.split}_predictions.json", split.results(captions))
     return captions
 
@@ -798,8 +890,11 @@ def prepared_split(args: Arguments) -> tuple[Split, References]:
     return split, References(captions, names, description["source"], in_parts(description))
 
 
-def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[str, Any]]:
-    """The model's caption of each image of a split, by id, and the settings that it was generated with."""
+def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[str, Any], dict[int, Judged]]:
+    """The model's caption of each image of a split, by id, and the settings that it was generated with.
+
+    The last is how probable the model finds each; empty for an exported folder.
+    """
     assert args.data_path is not None
     folder = cli.prepared_folders(args.data_path)[0]  # parts have one image processor
     pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
@@ -809,16 +904,19 @@ def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[s
         exported = load_exported(args)
         onnx_captioner.refuse_small_images(exported, folder, args.model_path)
         predictions = onnx_captioner.caption_all(exported, pictures, len(split), args.split, args.batch_size)
-        return predictions, {"int8": exported.int8, **dataclasses.asdict(exported.decoding)}
-    from captioning.model import parts
+        return predictions, {"int8": exported.int8, **dataclasses.asdict(exported.decoding)}, {}
+    from captioning.model import explain, parts
     from captioning.model.generate import caption_all
+    from captioning.show import certainty
 
     bundle = load_model(args)
     of_data = parts.load_image_processor(folder, "--data_path")
     parts.refuse_small_images(of_data, bundle.image_processor, str(folder), args.model_path, args.model_path)
-    predictions = caption_all(bundle, pictures, len(split), args.split, args.batch_size)
+    made = caption_all(bundle, pictures, len(split), args.split, args.batch_size, explain.best_captions)
+    judged = {image_id: certainty.judged(bundle.tokenizer, best) for image_id, (best, *_) in made.items()}
+    predictions = {image_id: caption.text for image_id, caption in judged.items()}
     asked = args.wishes.settings() if args.wishes else {}
-    return predictions, {**bundle.model.generation_config.to_diff_dict(), **asked}
+    return predictions, {**bundle.model.generation_config.to_diff_dict(), **asked}, judged
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from captioning.data.folder import Split
     from captioning.model.captioner import Bundle
+    from captioning.scores.confidence import Calibration, Judged
     from captioning.scores.metrics import Evaluation
     from captioning.training.batches import CaptionDataset
     from captioning.training.trainer import CaptionTrainer
@@ -152,11 +153,15 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
         kept_bundle.to(training.device)
         source = description["source"]
         with notes.phase("scoring"):
-            validation, _ = score(kept_bundle, splits["validation"], "validation", losses["validation"], source)
-            test, predictions = score(kept_bundle, splits["test"], "test", losses["test"], source)
+            validation, judged = score(kept_bundle, splits["validation"], "validation", losses["validation"], source)
+            calibration = calibrate(judged, splits["validation"], source, args.output_dir, say)
+            test, judged = score(kept_bundle, splits["test"], "test", losses["test"], source)
+            predictions = {image_id: caption.text for image_id, caption in judged.items()}
         # Epochs, or true for all of them: infinity is no JSON.
         run = run_folder.Run(
             predictions=predictions,
+            judged=judged,
+            calibration=calibration,
             validation=validation,
             test=test,
             log_history=trainer.state.log_history,
@@ -429,21 +434,40 @@ def make_trainer(
 
 def score(
     bundle: Bundle, split: Split, name: str, losses: tuple[dict[int, float], dict[int, float]], source: str
-) -> tuple[Evaluation, dict[int, str]]:
-    """The scores of a split, and its captions by image id: those that inference.py gives.
+) -> tuple[Evaluation, dict[int, Judged]]:
+    """The scores of a split, and its captions by image id: those that inference.py gives, and how probable they are.
 
     Args:
         losses: of each image, nats and tokens.
     """
     from captioning.data.facts import more_scores
+    from captioning.model.explain import best_captions
     from captioning.model.generate import caption_all
     from captioning.scores.metrics import evaluate
+    from captioning.show import certainty
 
     pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
-    predictions = caption_all(bundle, pictures, len(split), f"captions of {name}")
+    made = caption_all(bundle, pictures, len(split), f"captions of {name}", make=best_captions)
+    judged = {image_id: certainty.judged(bundle.tokenizer, best) for image_id, (best, *_) in made.items()}
+    predictions = {image_id: caption.text for image_id, caption in judged.items()}
     references = dict(zip(split.image_id, split.captions, strict=True))
     found = evaluate(predictions, references, more=more_scores(source)).with_ratio("loss", *losses)
-    return found, predictions
+    return found, judged
+
+
+def calibrate(judged: Mapping[int, Judged], split: Split, source: str, folder: Path, say: Say) -> Calibration | None:
+    """Learn on the validation split how sure captions are, and keep it in the run folder."""
+    from captioning.scores import confidence
+
+    references = dict(zip(split.image_id, split.captions, strict=True))
+    try:
+        calibration = confidence.calibrate(judged, references, f"{source}, validation split")
+    except InputError as error:
+        say(str(error))
+        return None
+    confidence.write(folder, calibration)
+    say(f"confidence: learnt from {calibration.images:,} captions, {calibration.right:,} of them right")
+    return calibration
 
 
 if __name__ == "__main__":

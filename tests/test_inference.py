@@ -90,7 +90,7 @@ def test_output_writes_json(run, pictures, tmp_path):
     code, out, _ = run("--image_path", pictures, "--output", tmp_path / "captions.json")
     assert (code, out) == (0, "")
     found = json.loads((tmp_path / "captions.json").read_text())
-    assert len(found) == 7 and all(set(entry) == {"path", "caption"} for entry in found)
+    assert len(found) == 7 and all(set(entry) == {"path", "caption", "confidence"} for entry in found)
     assert {path.name for path in tmp_path.iterdir()} == {"captions.json", ".captions.json.made_with"}
 
 
@@ -99,12 +99,13 @@ def test_json_says_everything_of_each_image(run, pictures, tmp_path):
     found = [json.loads(line) for line in out.splitlines()]
     assert code == 0 and len(found) == 7
     for entry in found:
-        assert set(entry) == {"path", "caption", "score", "tokens", "alternatives", "seconds"}
+        said = {"path", "caption", "score", "confidence", "tokens", "words", "alternatives", "seconds"}
+        assert set(entry) == said and 0 <= entry["confidence"] <= 1
         values = [token["log_probability"] for token in entry["tokens"]]
         assert max(values) <= 0 and entry["score"] == pytest.approx(sum(values) / len(values), abs=1e-5)
         assert " ".join("".join(token["text"] for token in entry["tokens"][:-1]).split()) == entry["caption"]
         assert entry["tokens"][-1]["text"] == "<|endoftext|>"
-        assert entry["alternatives"][0] == {"caption": entry["caption"], "score": entry["score"]}
+        assert entry["alternatives"][0] == {name: entry[name] for name in ("caption", "score", "confidence")}
         assert 1 <= len(entry["alternatives"]) <= 3
         assert entry["seconds"]["read"] > 0 and entry["seconds"]["generate"] > 0
     # With one caption each, they are those of every other form of output.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 
@@ -16,9 +17,17 @@ class Caption:
             The tokens of a prefix that was asked for do not count.
         tokens: ids, those of a prefix included, and the end token where one was generated.
         log_probabilities: of each token, given the image and the tokens before it.
+        given: how many of the tokens are a prefix's.
     """
 
     text: str
     score: float
     tokens: list[int]
     log_probabilities: list[float]
+    given: int = 0
+
+    @property
+    def mean(self) -> float:
+        """The mean log-probability of the tokens that the model chose."""
+        chosen = self.log_probabilities[self.given :]
+        return math.fsum(chosen) / len(chosen)

@@ -38,6 +38,7 @@ class Word:
     Attributes:
         text: with the punctuation that is written to it.
         probability: of its tokens, multiplied; punctuation at its end aside. 0 to 1.
+        given: whether it belongs to a prefix that was asked for.
         attention: float (rows, columns) of the patch grid, the mean over its tokens; sums to 1 at most. The rest went
             to tokens that are no place in the image, such as a class token.
     """
@@ -45,6 +46,7 @@ class Word:
     text: str
     probability: float
     attention: np.ndarray
+    given: bool = False
 
 
 @dataclass
@@ -111,7 +113,7 @@ def _search(bundle: Bundle, states: torch.Tensor, count: int, pixel_values: torc
         end = settings.eos_token_id
         length = ids.index(end) + 1 if end in ids else len(ids)
         score = math.fsum(values[given:length]) / (length - given) ** penalty
-        found[image].setdefault(text, Caption(text, score, ids[:length], values[:length]))
+        found[image].setdefault(text, Caption(text, score, ids[:length], values[:length], given))
     return [sorted(captions.values(), key=lambda caption: -caption.score) for captions in found]
 
 
@@ -137,11 +139,10 @@ def explain(
     rows, columns = patch_grid(states.shape[1], values.shape[-2:], bundle.model.encoder.config)
     attention = cross_attention(bundle, states, best.tokens, layers)[:, -rows * columns :]
     words = []
-    raw = words_of(bundle.tokenizer, best.tokens)
-    for text, first in wishes.shown([text for text, _ in raw], best.text):
-        tokens = raw[first][1]
+    for text, tokens in shown_words(bundle.tokenizer, best):
         probability = math.exp(math.fsum(best.log_probabilities[i] for i in tokens))
-        words.append(Word(text, probability, attention[tokens].mean(0).reshape(rows, columns)))
+        looked = attention[tokens].mean(0).reshape(rows, columns)
+        words.append(Word(text, probability, looked, tokens[-1] < best.given))
     return Explanation(best, words, captions, seen_region(bundle.image_processor, *image.size))
 
 
@@ -224,6 +225,21 @@ def seen_region(image_processor, width: int, height: int) -> tuple[float, float,
     share = [min(1.0, crop[side] / pixels) for side, pixels in zip(("width", "height"), resized, strict=True)]
     left, top = ((1 - part) / 2 for part in share)
     return (left, top, 1 - left, 1 - top)
+
+
+def shown_words(tokenizer: PreTrainedTokenizerBase, caption: Caption) -> list[tuple[str, list[int]]]:
+    """The words of a caption as it is shown, each with the positions of its tokens."""
+    raw = words_of(tokenizer, caption.tokens)
+    return [(text, raw[first][1]) for text, first in wishes.shown([text for text, _ in raw], caption.text)]
+
+
+def chosen_words(tokenizer: PreTrainedTokenizerBase, caption: Caption) -> list[tuple[str, float]]:
+    """The words that the model chose, those of a prefix aside, each with its log-probability."""
+    return [
+        (text, math.fsum(caption.log_probabilities[i] for i in tokens))
+        for text, tokens in shown_words(tokenizer, caption)
+        if tokens[-1] >= caption.given
+    ]
 
 
 def words_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[tuple[str, list[int]]]:

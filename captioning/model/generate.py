@@ -144,8 +144,13 @@ def caption_all(
     total: int,
     description: str,
     batch_size: int = BATCH_SIZE,
-) -> dict[Key, str]:
-    """The caption of each image, by its key."""
+    make: Callable[[Bundle, torch.Tensor], Sequence[Made]] = generate,  # type: ignore[assignment]
+) -> dict[Key, Made]:
+    """The caption of each image, by its key.
+
+    Args:
+        make: as in `in_batches`.
+    """
     pictures = ((key, bundle.pixels(image)) for key, image in images)
-    made = in_batches(bundle, pictures, batch_size, generate, total, description)
+    made = in_batches(bundle, pictures, batch_size, make, total, description)
     return {key: caption for key, caption, _ in made}

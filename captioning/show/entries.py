@@ -17,18 +17,23 @@ if TYPE_CHECKING:
 Entry = dict[str, Any]
 
 
-def entry(name: str, found: str | Sequence[Caption]) -> Entry:
-    """The path and the caption; of several captions also their scores."""
-    if isinstance(found, str):
-        return {"path": name, "caption": found}
+def entry(name: str, found: str | Sequence[Caption], scored: bool = True) -> Entry:
+    """The path and the caption; of several captions also their scores, if they are `scored`."""
+    if isinstance(found, str) or not scored:
+        return {"path": name, "caption": found if isinstance(found, str) else found[0].text}
     best = [{"caption": one.text, "score": round(one.score, 6)} for one in found]
     return {"path": name, **best[0], "alternatives": best}
 
 
-def columns(alternatives: int) -> list[str]:
-    """Of a table of entries; `error` says why there is no caption."""
+def columns(alternatives: int, sure: bool = False, drafts: bool = False) -> list[str]:
+    """Of a table of entries; `error` says why there is no caption.
+
+    Args:
+        sure: each caption has a confidence.
+        drafts: what is left to a person has a draft in the place of a caption.
+    """
     more = ["score", *(f"alternative_{number}" for number in range(2, alternatives + 1))] if alternatives > 1 else []
-    return ["path", "caption", *more, "error"]
+    return ["path", "caption", *["confidence"] * sure, *["draft"] * drafts, *more, "error"]
 
 
 def cells(entry: Entry) -> Entry:

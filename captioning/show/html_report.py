@@ -8,6 +8,7 @@ The values are computed here and laid out in `report.html.jinja`.
 from __future__ import annotations
 
 import io
+import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -24,6 +25,7 @@ from captioning.show.templates import data_uri, render, thumbnail
 
 if TYPE_CHECKING:
     from captioning.data.folder import Split
+    from captioning.scores.confidence import Calibration, Judged
 
 SHOWN = 6  # images in each of: the best, the worst, the unchosen
 LONGEST = 20  # words; longer captions share a row
@@ -52,6 +54,9 @@ SETTINGS = (
 )
 
 
+NOT_JUDGED: dict[str, Any] = {"confidence": "", "words": []}
+
+
 class Bar(NamedTuple):
     """A share of captions."""
 
@@ -60,7 +65,12 @@ class Bar(NamedTuple):
 
 
 def report_page(
-    results: Mapping[str, Any], log_history: Sequence[dict], split: Split, predictions: Mapping[int, str]
+    results: Mapping[str, Any],
+    log_history: Sequence[dict],
+    split: Split,
+    predictions: Mapping[int, str],
+    judged: Mapping[int, Judged] | None = None,
+    calibration: Calibration | None = None,
 ) -> str:
     """The page of a run.
 
@@ -69,6 +79,8 @@ def report_page(
         log_history: `trainer.state.log_history`.
         split: the test split of `processed_data`.
         predictions: the caption of each of its images, by id.
+        judged: how probable each of them is.
+        calibration: how sure each is by that; None: nothing is said of it.
 
     Returns:
         An HTML document. Every caption and name in it is escaped, control characters are left out.
@@ -84,7 +96,8 @@ def report_page(
         scores=_scores(results),
         curves=_curves(log_history, results["step"]),
         speech=_speech(predictions, references, results["test"].get("diversity", {})),
-        examples=_examples(split, predictions, references),
+        examples=_examples(split, predictions, references, judged if calibration else None, calibration),
+        sure=_sure(results.get("confidence")),
         settings=_settings(results),
     )
 
@@ -219,8 +232,28 @@ def _bar(share: float, highest: float) -> Bar:
     return Bar(text, f"{BAR_WIDTH * share / highest:.2f}" if share else "")
 
 
+def _sure(found: Mapping[str, Any] | None) -> dict[str, Any] | None:
+    """The section on confidence: a sentence, and the points of the reliability plot."""
+    if found is None:
+        return None
+    most = max(one["count"] for one in found["bins"])
+    return {
+        "good": f"{found['right_from_cider_d']:g}",
+        "auroc": "" if found["auroc"] is None else f"{found['auroc']:.2f}",
+        "error": f"{found['expected_calibration_error']:.3f}",
+        "gain": f"{found['cider_d_gained_without_the_least_sure_fifth']:+.3f}",
+        # Areas that grow with the number of captions.
+        "points": [(one["confidence"], one["right"], 2 + 5 * math.sqrt(one["count"] / most)) for one in found["bins"]],
+        "rows": [(_percent(one["confidence"]), _percent(one["right"]), f"{one['count']:,}") for one in found["bins"]],
+    }
+
+
 def _examples(
-    split: Split, predictions: Mapping[int, str], references: Mapping[int, list[str]]
+    split: Split,
+    predictions: Mapping[int, str],
+    references: Mapping[int, list[str]],
+    judged: Mapping[int, Judged] | None,
+    calibration: Calibration | None,
 ) -> list[tuple[str, str, list[dict[str, Any]]]]:
     """(name, how they were chosen, cards) of each group."""
     _, each = metrics.coco_scores(dict(predictions), dict(references), per_image=True, rouge=False)
@@ -236,6 +269,7 @@ def _examples(
                 "name": split.names[row],
                 "picture": thumbnail(split.image(row)),
                 "caption": predictions[ids[row]],
+                **(_certainty(judged[ids[row]], calibration) if judged and calibration else NOT_JUDGED),
                 "references": references[ids[row]],
                 "scores": [(SCORE_NAMES[key], each[ids[row]][key]) for key in ("cider_d", "bleu_4", "rouge_l")],
             }
@@ -247,6 +281,12 @@ def _examples(
         ("The best", "By CIDEr-D.", cards(ranked[::-1][:number])),
         ("The worst", "By CIDEr-D.", cards(ranked[:number])),
     ]
+
+
+def _certainty(caption: Judged, calibration: Calibration) -> dict[str, Any]:
+    """What a card tells of how sure a caption is."""
+    words = [(text, calibration.doubtful(value)) for text, value in caption.words]
+    return {"confidence": f"{calibration.caption(caption):.2f}", "words": words}
 
 
 def _settings(results: Mapping[str, Any]) -> list[tuple[str, list[tuple[str, Any]]]]:

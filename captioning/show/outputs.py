@@ -383,6 +383,8 @@ class Outputs:
         """
         if self.output and not self.output.has(source.name):
             self.output.write(entry)
+        if entry.get("needs_review"):
+            return  # there is a draft, and no caption
         if self.metadata and not self.metadata.has(_below_root(source)):
             self.metadata.write({"file_name": _below_root(source), "text": entry["caption"]})
         if self.sidecars and not self.sidecars.has(source):

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 PAGE_WIDTH = 1040  # pixels, about what a README shows: larger would only be shrunk, text and all
 MARGIN = 20  # pixels around the page and between cells
 GROUND, BOX, INK, QUIET = "#ffffff", "#ebebeb", "#16181b", "#6a7078"  # page, letterbox, caption, reference
+DOUBT = "#8a3f02"  # a doubtful word
 CAPTION_SIZE, REFERENCE_SIZE = 15, 13  # pixels
 CAPTION_LINES, REFERENCE_LINES = 5, 4  # what is longer ends in an ellipsis
 REASON, LIT, BAR = "#8a3f02", "#e8590c", "#2f83bf"  # why an image was dropped, where a model looked, a probability
@@ -231,7 +232,8 @@ def explanation_page(
     """The picture of `draw_explanation`, RGB, PAGE_WIDTH wide.
 
     Args:
-        words: {"text": str, "probability": 0 to 1, "attention": floats (rows, columns)} each, in order.
+        words: {"text": str, "probability": 0 to 1, "attention": floats (rows, columns)} each, in order; of a doubtful
+            one "doubtful" is true.
         region: (left, top, right, bottom) of what the model saw, as fractions of the image.
     """
     bold, plain, head = Font(WORD_SIZE, bold=True), Font(REFERENCE_SIZE), Font(HEAD_SIZE, bold=True)
@@ -251,6 +253,8 @@ def explanation_page(
         "Orange: where the model looked more than elsewhere when it chose the word (cross-attention). "
         "Bar: how probable it found the word, given the words before it."
     )
+    if any(word.get("doubtful") for word in words):
+        note += " With a question mark: doubtful words, which a person would rather not have used."
     if partly:
         note += " Grey in the first picture: outside of what the model saw."
     lines = wrap(caption, head, PAGE_WIDTH - 2 * MARGIN, CAPTION_LINES) or ["(empty)"]
@@ -279,7 +283,9 @@ def explanation_page(
         if word is None:
             plain.draw(draw, (x, y), "the image", QUIET, "la")
             continue
-        bold.draw(draw, (x, y), (wrap(word["text"], bold, width, 1) or ["(blank)"])[0], INK, "la")
+        doubt, colour = (" ?", DOUBT) if word.get("doubtful") else ("", INK)
+        room = width - round(bold.getlength(doubt))
+        bold.draw(draw, (x, y), (wrap(word["text"], bold, room, 1) or ["(blank)"])[0] + doubt, colour, "la")
         y += _line_height(bold) + 4
         reserved = round(plain.getlength("100 %")) + 8
         middle = y + _line_height(plain) // 2

@@ -10,7 +10,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +19,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 from captioning.data.folder import in_parts
 from captioning.files import json_text, plain, write_whole
 from captioning.scores import bootstrap, diversity
+from captioning.scores.confidence import reliability_of
 from captioning.scores.names import SCORE_NAMES
 from captioning.show import tables, wording
 from captioning.show.curves import draw_curves
@@ -27,6 +28,7 @@ from captioning.show.pages import draw_gallery
 
 if TYPE_CHECKING:
     from captioning.data.folder import Split
+    from captioning.scores.confidence import Calibration, Judged
     from captioning.scores.metrics import Evaluation
 
 GALLERY = 20  # images, the first ones of the test split
@@ -53,17 +55,22 @@ class Run:
     evaluations: Sequence[Mapping[str, Any]]  # epoch, step and scores of each evaluation on validation
     notes: Mapping[str, Any]  # command, date, seconds, machine, fingerprints and more, see `training.record`
     versions: Mapping[str, str]
+    judged: Mapping[int, Judged] = field(default_factory=dict)  # how probable each of `predictions` is
+    calibration: Calibration | None = None  # how sure captions are, by that
 
 
 def write(folder: Path, run: Run, test_split: Split) -> dict[str, Any]:
     """Write every file but the model's into `folder`, which exists; returns what `results.json` holds."""
     captions = test_split.results(run.predictions)
     write_whole(folder / "predictions_test.json", json_text(captions, indent=1) + "\n")  # COCO's results format
-    results = results_of(run)
+    results = results_of(run) | sureness(run)
     references = dict(zip(test_split.image_id, test_split.captions, strict=True))
     results["test"]["diversity"] = diversity_of(run.predictions, references)
     write_whole(folder / "results.json", json_text(results, indent=2, allow_nan=False) + "\n")
-    write_whole(folder / "report.html", report_page(results, run.log_history, test_split, run.predictions))
+    write_whole(
+        folder / "report.html",
+        report_page(results, run.log_history, test_split, run.predictions, run.judged, run.calibration),
+    )
     draw_curves(run.log_history, folder / "training_curves.png", run.kept)
     items = [
         {
@@ -93,6 +100,15 @@ def scores_of(evaluation: Evaluation) -> dict[str, Any]:
 def diversity_of(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, dict[str, float]]:
     """What JSON files hold beside the scores: `scores.diversity` of the captions, and of people's."""
     return {"model": diversity.diversity(captions, references), "people": diversity.of_people(references)}
+
+
+def sureness(run: Run) -> dict[str, Any]:
+    """What `results.json` holds of the confidence of the test captions."""
+    if run.calibration is None:
+        return {}
+    confidences = {image_id: run.calibration.caption(caption) for image_id, caption in run.judged.items()}
+    cider_d = {image_id: scores["cider_d"] for image_id, scores in run.test.per_image().items()}
+    return {"confidence": reliability_of(confidences, cider_d)}
 
 
 def results_of(run: Run) -> dict[str, Any]:

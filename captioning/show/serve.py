@@ -19,7 +19,7 @@ import socket
 import tempfile
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -29,12 +29,14 @@ from PIL import Image
 from captioning import InputError, cli
 from captioning.data import images
 from captioning.model.caption import Caption
+from captioning.model.wishes import CASES, Wishes
 from captioning.show import http, pages
 
 if TYPE_CHECKING:
     from captioning.model.captioner import Bundle
     from captioning.model.explain import Explanation
     from captioning.model.onnx_captioner import OnnxBundle
+    from captioning.scores.confidence import Calibration
 
 CSS = """
 .gradio-container { max-width: 1100px !important; margin: auto; }
@@ -54,6 +56,10 @@ SHOWN_SIDE, CELL_SIDE = 800, 240  # pixels of the pictures on the page
 IN_WORDS = ((0.05, "about as likely"), (0.15, "a little less likely"), (0.4, "less likely"))
 
 
+# What a visitor of the page can ask of a caption.
+ASKED = ("prefix", "case", "min_words", "max_words", "max_characters", "must", "without", "temperature", "seed")
+
+
 @dataclass
 class Answer:
     """What the page shows: text, and HTML with every caption escaped."""
@@ -63,6 +69,7 @@ class Answer:
     explanation: str = ""
     message: str = ""  # what is wrong, if anything is
     picture: str = ""  # the image itself
+    sure: str = ""  # how sure the caption is
 
 
 class Captioner:
@@ -73,6 +80,7 @@ class Captioner:
         alternatives: how many of the best captions to show; 0: as many as the model's beams.
         layers: as in `explain.explain`.
         public: fetch from the internet only, for visitors who need not be the user of this machine.
+        calibration: how sure captions are; None: nothing is said of it.
     """
 
     def __init__(
@@ -81,33 +89,64 @@ class Captioner:
         alternatives: int = 0,
         layers: Sequence[int] | None = None,
         public: bool = False,
+        calibration: Calibration | None = None,
     ):
         self.exported = hasattr(bundle, "decoding")
         self.bundle = cast(Any, bundle)
         settings = self.bundle.decoding if self.exported else self.bundle.model.generation_config
         # As many as its beams cost nothing, and leave the caption what it is without them.
         self.alternatives = alternatives or settings.num_beams or 1
-        self.layers, self.public = layers, public
+        self.layers, self.public, self.calibration = layers, public, calibration
         self.turn = threading.Lock()
 
-    def file(self, path: str | None) -> Answer:
-        """Caption an uploaded file, named by its path on this machine."""
+    def file(self, path: str | None, asked: Mapping[str, Any] | None = None) -> Answer:
+        """Caption an uploaded file, named by its path on this machine.
+
+        Args:
+            asked: what of `Wishes` is asked instead of what the command line says, by name; words of `must` and
+                `without` are separated by commas.
+        """
         if not path:
             return Answer()
-        return self._answer(Path(path), Path(path).name)
+        return self._answer(Path(path), Path(path).name, asked)
 
-    def address(self, url: str | None) -> Answer:
+    def address(self, url: str | None, asked: Mapping[str, Any] | None = None) -> Answer:
         """Caption the image at an http(s) address; anything else, such as a path on this machine, is refused."""
         url = (url or "").strip()
         if not re.match(r"https?://", url, re.IGNORECASE):
             return Answer(message="Paste the address of an image: it begins with http:// or https://.")
-        return self._answer(url, url)
+        return self._answer(url, url, asked)
 
-    def either(self, path: str | None, url: str | None) -> Answer:
+    def either(self, path: str | None, url: str | None, asked: Mapping[str, Any] | None = None) -> Answer:
         """Caption the uploaded file, or else the address."""
         if not path and not (url or "").strip():
             return Answer(message="Drop an image first, or paste its address.")
-        return self.file(path) if path else self.address(url)
+        return self.file(path, asked) if path else self.address(url, asked)
+
+    def _asked(self, asked: Mapping[str, Any] | None) -> Any:
+        """The bundle with other wishes.
+
+        Raises:
+            InputError: they contradict each other, or the model cannot write so.
+        """
+        if asked is None or self.exported:
+            return self.bundle
+        from captioning.model import constrain
+
+        values = {name: value for name, value in asked.items() if value not in (None, "")}
+        for name in ("must", "without"):
+            values[name] = tuple(filter(str.strip, values.get(name, "").split(",")))
+        values |= {name: int(values.get(name, 0)) for name in ("min_words", "seed")}
+        values |= {name: int(values[name]) for name in ("max_words", "max_characters") if name in values}
+        if not values.get("temperature"):
+            values.pop("temperature", None)
+        wishes = dataclasses.replace(
+            self.bundle.wishes or Wishes(), **{name: getattr(Wishes(), name) for name in ASKED} | values
+        )
+        bundle = dataclasses.replace(self.bundle, wishes=None if wishes == Wishes() else wishes)
+        if bundle.wishes is not None:
+            constrain.rules_for(bundle, bundle.wishes, bundle.model.generation_config.max_new_tokens)
+        return bundle
 
     def entry(self, data: bytes, name: str, options: http.Options) -> dict[str, Any]:
         """What `POST /caption` answers for the bytes of an image.
@@ -149,24 +188,31 @@ class Captioner:
         with _decoding(self.bundle.model.generation_config, _own(options)):
             return explain.best_captions(self.bundle, values, options.alternatives)[0]
 
-    def _answer(self, source: str | Path, name: str) -> Answer:
+    def _answer(self, source: str | Path, name: str, asked: Mapping[str, Any] | None) -> Answer:
+        explanation = sure = ""
         try:
+            bundle = self._asked(asked)
             image = self._opened(images.read_bytes(source, public=self.public), name)
-            explanation = ""
             if self.exported:
                 with self.turn:
                     found = self._best(image, http.Options(alternatives=self.alternatives))
             else:
                 from captioning.model import explain
+                from captioning.show import certainty
 
                 with self.turn:
-                    explained = explain.explain(self.bundle, image, self.alternatives, self.layers)
-                found, explanation = explained.alternatives, _explanation(image, explained)
+                    explained = explain.explain(bundle, image, self.alternatives, self.layers)
+                words = certainty.explained(explained.words, self.calibration)
+                found, explanation = explained.alternatives, _explanation(image, explained, words)
+                if self.calibration:
+                    sure = f"Confidence: {100 * certainty.confidence(found[0], self.calibration):.0f} %"
+                    if doubtful := [word["text"] for word in words if word["doubtful"]]:
+                        sure += f"; doubtful: {', '.join(doubtful)}"
         except InputError as error:
-            message = cli.printable(str(error))
+            message = cli.printable(str(error)).replace("--", "") if asked else cli.printable(str(error))
             return Answer(message=f"{message[:1].upper()}{message[1:]}.")
         picture = f'<div class="shown">{_picture(image, SHOWN_SIDE, "The image that is captioned")}</div>'
-        return Answer(found[0].text, _alternatives(found), explanation, picture=picture)
+        return Answer(found[0].text, _alternatives(found), explanation, picture=picture, sure=cli.printable(sure))
 
 
 def _own(options: http.Options) -> dict[str, int]:
@@ -201,19 +247,20 @@ def in_words(worse: float) -> str:
     return next((words for most, words in IN_WORDS if worse <= most), "much less likely")
 
 
-def _explanation(image: Image.Image, explanation: Explanation) -> str:
+def _explanation(image: Image.Image, explanation: Explanation, words: Sequence[Mapping[str, Any]]) -> str:
     left, top, right, bottom = explanation.region
     width, height = image.size
     seen = image.crop((round(left * width), round(top * height), round(right * width), round(bottom * height)))
     seen.thumbnail((CELL_SIDE, CELL_SIDE))
     cells = []
-    for word in explanation.words:
-        percent = f"{100 * word.probability:.0f} %"
-        text = html.escape(cli.printable(word.text))
-        picture = _picture(pages.highlight(seen, word.attention), CELL_SIDE, f"Where the model looked for {text}")
-        meter = f'<meter min="0" max="1" value="{word.probability:.3f}">{percent}</meter>'
+    for word in words:
+        percent = f"{100 * word['probability']:.0f} %"
+        text = html.escape(cli.printable(word["text"]))
+        picture = _picture(pages.highlight(seen, word["attention"]), CELL_SIDE, f"Where the model looked for {text}")
+        meter = f'<meter min="0" max="1" value="{word["probability"]:.3f}">{percent}</meter>'
+        doubt = "<br><em>doubtful</em>" if word["doubtful"] else ""
         cells.append(
-            f'<figure>{picture}<figcaption><b dir="auto">{text}</b><br>{meter} {percent}</figcaption></figure>'
+            f'<figure>{picture}<figcaption><b dir="auto">{text}</b><br>{meter} {percent}{doubt}</figcaption></figure>'
         )
     return (
         "<h2>Word by word</h2><p>Orange: where the model looked more than elsewhere when it chose the word. "
@@ -231,6 +278,27 @@ def _picture(image: Image.Image, side: int, alt: str) -> str:
     return f'<img alt="{alt}" src="data:image/jpeg;base64,{base64.b64encode(data.getvalue()).decode()}">'
 
 
+def _fields(gradio: Any, wishes: Wishes) -> dict[str, Any]:
+    """What a visitor can ask for, by the name in `Wishes`; every name of ASKED."""
+    with gradio.Row():
+        prefix = gradio.Textbox(wishes.prefix, label="Begins with", placeholder="A photo of")
+        case = gradio.Dropdown(list(CASES), value=wishes.case, label="Letter case")
+    with gradio.Row():
+        min_words = gradio.Number(wishes.min_words or None, label="Words at least", precision=0, minimum=0)
+        max_words = gradio.Number(wishes.max_words, label="Words at most", precision=0, minimum=1)
+        max_characters = gradio.Number(wishes.max_characters, label="Characters at most", precision=0, minimum=1)
+    with gradio.Row():
+        must = gradio.Textbox(", ".join(wishes.must), label="With the words", placeholder="dog, red")
+        without = gradio.Textbox(", ".join(wishes.without), label="Without the words", placeholder="man, woman")
+    with gradio.Row():
+        temperature = gradio.Slider(
+            0, 2, value=wishes.temperature or 0, step=0.1, label="Temperature", info="0: the best caption"
+        )
+        seed = gradio.Number(wishes.seed, label="Seed", precision=0, minimum=0, info="with a temperature")
+    fields = (prefix, case, min_words, max_words, max_characters, must, without, temperature, seed)
+    return dict(zip(ASKED, fields, strict=True))
+
+
 def make_page(captioner: Captioner):
     """The Gradio page, not yet served."""
     import gradio
@@ -241,6 +309,7 @@ def make_page(captioner: Captioner):
             gradio.update(value=message, visible=bool(message)),
             gradio.update(value=answer.picture, visible=bool(answer.picture)),
             answer.caption,
+            gradio.update(value=html.escape(answer.sure), visible=bool(answer.sure)),
             answer.alternatives,
             answer.explanation,
         )
@@ -262,16 +331,35 @@ def make_page(captioner: Captioner):
                     buttons=["copy"],
                     elem_id="caption",
                 )
+                sure = gradio.HTML(visible=False, elem_id="sure")
+                wishes = None if captioner.exported else captioner.bundle.wishes
+                # Exported folders write captions as they are.
+                with gradio.Accordion("As you ask for it", open=bool(wishes), visible=not captioner.exported):
+                    fields = _fields(gradio, wishes or Wishes())
                 alternatives = gradio.HTML(elem_id="alternatives")
         explanation = gradio.HTML(elem_id="explanation")
 
         # One limit for all: the model does one thing at a time, and the queue shows who waits.
         rules = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
-        shows = [message, picture, caption, alternatives, explanation]
+        shows = [message, picture, caption, sure, alternatives, explanation]
+        more = list(fields.values())
+
+        def asked(values: Sequence[Any]) -> dict[str, Any]:
+            return dict(zip(fields, values, strict=True))
+
+        def of_file(path: str, *values: Any):
+            return (*shown(captioner.file(path, asked(values))), "")
+
+        def of_address(address: str, *values: Any):
+            return (*shown(captioner.address(address, asked(values))), None)
+
+        def of_either(path: str | None, address: str | None, *values: Any):
+            return shown(captioner.either(path, address, asked(values)))
+
         # The other input is emptied: the page shows one image's caption.
-        upload.upload(lambda path: (*shown(captioner.file(path)), ""), upload, [*shows, url], **rules)
-        url.submit(lambda address: (*shown(captioner.address(address)), None), url, [*shows, upload], **rules)
-        button.click(lambda path, address: shown(captioner.either(path, address)), [upload, url], shows, **rules)
+        upload.upload(of_file, [upload, *more], [*shows, url], **rules)
+        url.submit(of_address, [url, *more], [*shows, upload], **rules)
+        button.click(of_either, [upload, url, *more], shows, **rules)
     return page.queue(max_size=http.Limits().waiting)
 
 
@@ -328,6 +416,7 @@ def serve(
     alternatives: int = 0,
     layers: Sequence[int] | None = None,
     token: str | None = None,
+    calibration: Calibration | None = None,
 ) -> None:
     """Serve the page and `POST /caption` until Ctrl-C.
 
@@ -341,7 +430,7 @@ def serve(
         check_gradio()
         import uvicorn
 
-        captioner = Captioner(bundle, alternatives, layers, public=not access.local)
+        captioner = Captioner(bundle, alternatives, layers, not access.local, calibration)
         with listen(host, port) as listening:
             app = make_server(captioner, access, port)
             config = uvicorn.Config(
