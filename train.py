@@ -70,7 +70,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
     from captioning.data.folder import in_parts, load_prepared
     from captioning.model import captioner, parts
     from captioning.model import weights as stored_weights
-    from captioning.scores import monotony
+    from captioning.scores import bootstrap, monotony
     from captioning.show import run_folder, tables, trackers
     from captioning.training import config, record
     from captioning.training.batches import CaptionDataset
@@ -130,8 +130,8 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
         say(f"going on from {checkpoint}")
     elif args.resume_from_checkpoint:
         say(f"no whole checkpoint in '{args.output_dir}': starting anew")
-    if trainer.is_world_process_zero():
-        file = args.output_dir / "config.yaml"
+    file = args.output_dir / "config.yaml"
+    if trainer.is_world_process_zero() and not (checkpoint and file.exists()):  # a run goes on as it began
         write_whole(file, config.dump(args, training, arguments.trainer_defaults(), file))
     with notes.phase("training"), contextlib.redirect_stdout(sys.stderr):  # trackers speak: stdout is for results
         seconds = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
@@ -188,7 +188,8 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
         results = run_folder.write(args.output_dir, run, splits["test"])
         trackers.log_run(trainer.callback_handler.callbacks, args.output_dir, results, trainer.state.global_step)
         print(tables.scores({name: results[name] for name in ("validation", "test")}))
-        print(f"\n{tables.diversity(**results['test']['diversity'])}")
+        print(f"\n{tables.diversity(**results['diversity'])}")
+        say(f"in brackets: {bootstrap.PROTOCOL}; signature: {test.signature}")
         said = [predictions[image_id] for image_id in splits["test"].image_id]
         if warning := monotony.warning(said, splits["test"].captions):
             say(f"warning: {cli.printable(warning)}")

@@ -544,7 +544,7 @@ def test_the_run_folder_is_complete(trained, prepared):
     # stdout holds the table and nothing else; what was decided is on stderr.
     table, beside = (trained.parent / "stdout.txt").read_text().split("\n\n")
     assert len(table.splitlines()) == 12 and table.split()[:2] == ["validation", "test"]
-    assert beside.split()[0] == "distinct" and results["test"]["diversity"]["people"]["distinct"] > 0.1
+    assert beside.split()[0] == "distinct" and results["diversity"]["people"]["distinct"] > 0.1
     err = (trained.parent / "stderr.txt").read_text()
     for said in (
         "data: ",

@@ -95,7 +95,7 @@ def report_page(
         protocol=results["protocol"],
         scores=_scores(results),
         curves=_curves(log_history, results["step"]),
-        speech=_speech(predictions, references, results["test"].get("diversity", {})),
+        speech=_speech(predictions, references, results.get("diversity", {})),
         examples=_examples(split, predictions, references, judged if calibration else None, calibration),
         sure=_sure(results.get("confidence")),
         settings=_settings(results),

@@ -65,7 +65,7 @@ def write(folder: Path, run: Run, test_split: Split) -> dict[str, Any]:
     write_whole(folder / "predictions_test.json", json_text(captions, indent=1) + "\n")  # COCO's results format
     results = results_of(run) | sureness(run)
     references = dict(zip(test_split.image_id, test_split.captions, strict=True))
-    results["test"]["diversity"] = diversity_of(run.predictions, references)
+    results["diversity"] = diversity_of(run.predictions, references)
     write_whole(folder / "results.json", json_text(results, indent=2, allow_nan=False) + "\n")
     write_whole(
         folder / "report.html",
