@@ -872,7 +872,7 @@ def captions_of(path: str, split: Split, references: References, args: Arguments
             cli.note(f"{path}: captions of {name}")
             return captions
     cli.note(f"{path}: has no captions of this split; its model writes them")
-    captions, *_ = caption_split(split, replace(args, model_path=path))
+    captions, *_ = caption_split(split, replace(args, compare=None, output=None, model_path=path))
     write_json(Path(path) / f"scored_{args.split}_predictions.json", split.results(captions))
     return captions
 
