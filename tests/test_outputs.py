@@ -399,14 +399,16 @@ def test_places_where_no_text_can_lie(run, photos, tmp_path):
 # ---- kills, full disks, Ctrl-C
 
 
-class Room:
-    """Called in a process: its files may have so many bytes."""
+class Fault:
+    """Called in a process first: it hears Ctrl-C, also where tests run in the background; its files have some room."""
 
-    def __init__(self, size: int):
-        self.size = size
+    def __init__(self, room: int | None):
+        self.room = room
 
     def __call__(self) -> None:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (self.size, resource.RLIM_INFINITY))
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        if self.room is not None:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (self.room, resource.RLIM_INFINITY))
 
 
 def peak_memory(process: int) -> int:
@@ -435,9 +437,9 @@ def batch_through_faults(untrained: Path, photos: Path, file: Path, batch_size: 
     for number, fault in enumerate(("kill -9", "kill -9", "full disk", "Ctrl-C", "none"), 1):
         before, peak = made(), 0
         goal = len(names) * number // 5
-        room = Room(lines.stat().st_size * 3 // 2) if fault == "full disk" else None
+        room = lines.stat().st_size * 3 // 2 if fault == "full disk" else None
         log = file.with_name(f"{number}.log")
-        batch = Training([*flags, f"--batch_size={batch_size}"], log, room, script="inference")
+        batch = Training([*flags, f"--batch_size={batch_size}"], log, Fault(room), script="inference")
         while batch.process.is_alive():
             peak = max(peak, peak_memory(batch.process.pid))
             if fault in ("kill -9", "Ctrl-C") and made() >= goal:
