@@ -17,7 +17,7 @@ PAGES = [
 ]
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests/benchmarks/recipes").glob("*.sh"))
 SHARED = "tests/benchmarks/recipes/prepare.bash"  # what the recipes share
-OF_OTHERS = {"--multi_gpu", "--num_processes", "--cpu", "--check"}  # accelerate launch, ruff format
+OF_OTHERS = {"--multi_gpu", "--num_processes", "--cpu", "--check", "--ignore-scripts"}  # accelerate, ruff, npm
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
