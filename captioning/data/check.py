@@ -214,8 +214,9 @@ def _examine_images(batch: pyarrow.RecordBatch) -> None:
     data = compute.if_else(compute.is_valid(batch["image"]), batch["image"].field("bytes"), None)
     lengths = compute.fill_null(compute.binary_length(data), 0).to_pylist()
     starts = compute.fill_null(compute.binary_slice(data, 0, PAGE), b"").to_pylist()
-    for image_id, length, start in zip(batch["image_id"], lengths, starts, strict=True):
-        name = f"image {image_id}"
+    names = batch["file_name"].to_pylist() if "file_name" in batch.schema.names else [None] * len(batch)
+    for image_id, file_name, length, start in zip(batch["image_id"], names, lengths, starts, strict=True):
+        name = f"image {image_id}" + (f" ({file_name})" if file_name else "")
         try:
             images.kind_of(start, name)
             if length > MAX_BYTES:

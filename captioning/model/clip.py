@@ -109,7 +109,7 @@ class Clip:
         try:
             with np.load(self.file, allow_pickle=False) as kept:
                 keys, vectors = kept["keys"], kept["vectors"]
-        except (OSError, ValueError, KeyError, zipfile.BadZipFile):
+        except (OSError, ValueError, KeyError, EOFError, MemoryError, zipfile.BadZipFile):
             return {}  # damaged: computed again
         if vectors.ndim != 2 or vectors.shape[1] != self.dimensions or len(keys) != len(vectors):
             return {}

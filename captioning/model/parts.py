@@ -134,6 +134,8 @@ def resolve(name: str | os.PathLike, what: str, weights: bool = True) -> Path:
     if folder.is_dir():
         check_files(folder, f"{what} '{name}'")
         return folder
+    if what == "--model_path" and str(name).startswith((".", "/", "~")):
+        raise InputError(f"--model_path '{name}' does not exist; {BUNDLE_HINT}")
     if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", str(name)) or str(name).startswith("."):
         raise InputError(f"{what} '{name}' is not a folder, and not an id on the Hugging Face hub either")
     from httpx2 import HTTPError

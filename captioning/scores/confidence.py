@@ -19,7 +19,6 @@ leave room for the mistakes of a small sample.
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from pathlib import Path
 from typing import Any
 
 from captioning import InputError
-from captioning.files import json_text, write_whole
+from captioning.files import json_text, read_json, write_whole
 from captioning.scores.metrics import coco_scores
 from captioning.scores.words import choose
 
@@ -217,7 +216,9 @@ def read(folder: Path) -> Calibration | None:
     """
     file = folder / FILE
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        if not file.exists():
+            return None
+        content = read_json(file, "make it again with --calibrate")
         values = {field.name: content[field.name] for field in dataclasses.fields(Calibration)}
         for field in dataclasses.fields(Calibration):
             kinds = {"float": (int, float), "int": (int,), "str": (str,)}[str(field.type)]
@@ -225,12 +226,8 @@ def read(folder: Path) -> Calibration | None:
             if not isinstance(value, kinds) or isinstance(value, bool) or (value != value):
                 raise TypeError(f"{field.name} {value!r}")
         return Calibration(**values)
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise InputError(f"cannot read '{file}': {error.strerror}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        reason = f"{type(error).__name__}: {error}"
+    except (ValueError, KeyError, TypeError, InputError) as error:
+        reason = f"{type(error).__name__}: {error}".removesuffix("; make it again with --calibrate")
         raise InputError(f"'{file}' is no calibration of captions ({reason}); make it again with --calibrate") from None
 
 

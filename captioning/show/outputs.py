@@ -27,7 +27,7 @@ from typing import Any, BinaryIO, Literal
 
 from captioning import InputError, cli
 from captioning.data.sources import Source
-from captioning.files import json_text, lock, open_in_place, remove_leftovers, replacing, write_whole
+from captioning.files import json_text, lock, open_in_place, read_json, remove_leftovers, replacing, write_whole
 from captioning.show import entries
 
 Entry = dict[str, Any]
@@ -153,11 +153,11 @@ class Captions:
         if self.mode == "append":
             return
         choice = "add --append to write more into it, or --overwrite to start anew, or name another file"
+        if not _beside(self.file, "made_with").exists():
+            raise InputError(f"'{self.file}' is there, and nothing says what made it; {choice}")
         try:
-            earlier = json.loads(_beside(self.file, "made_with").read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise InputError(f"'{self.file}' is there, and nothing says what made it; {choice}") from None
-        except (OSError, ValueError):
+            earlier = read_json(_beside(self.file, "made_with"))
+        except InputError:
             earlier = {}
         now = json.loads(json.dumps(self.made_with))
         for name in sorted(earlier.keys() | now.keys()):
