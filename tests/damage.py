@@ -165,6 +165,8 @@ def try_all(cases: Sequence[tuple[Path, Damage]], opens: Opens, processes: int =
                     if ours.poll(0.02):
                         outcomes[share.pop(0)] = ours.recv()
                         running[number] = (process, ours, time.monotonic()) if share else None
+                        if not share:
+                            process.join()
                     elif time.monotonic() - since > WALL:
                         process.kill()
                         process.join()
