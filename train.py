@@ -206,6 +206,8 @@ def only_run_in(folder: Path, training: Seq2SeqTrainingArguments) -> Iterator[No
     if training.process_index:  # the first process holds it for all
         yield
         return
+    told = folder / "config.yaml"
+    there = told.exists()
     try:
         with lock(folder / ".lock", wait=False) as alone:
             if not alone:
@@ -213,6 +215,8 @@ def only_run_in(folder: Path, training: Seq2SeqTrainingArguments) -> Iterator[No
             yield
     finally:
         with contextlib.suppress(OSError):  # there is something in it, as a rule
+            if not there and list(folder.iterdir()) == [told]:
+                told.unlink()  # the run ended before it made anything
             folder.rmdir()
 
 

@@ -73,7 +73,6 @@ def test_flags_of_one_value_are_refused_with_the_other(name, parsed):
         ("--ddp_backend gloo", "--ddp_backend has no effect with one process"),
         ("--train_sampling_strategy batch_rebalance", "batch_rebalance is none of group_by_length"),
         ("--lr_scheduler_kwargs {bad", "--lr_scheduler_kwargs '{bad' is not a JSON object"),
-        ("--greater_is_better False", "a greater cider_d is better"),
         ("--lr_scheduler_kwargs nonsense", "is not a JSON object"),
         ('--lr_scheduler_kwargs {"nonsense":1}', "unexpected keyword argument 'nonsense'"),
         (

@@ -255,11 +255,6 @@ def _check_numbers(training: Seq2SeqTrainingArguments) -> None:
     known = [name for name in SCORE_NAMES if name not in CLIP_KEYS]
     if metric not in known:
         raise InputError(f"--metric_for_best_model '{metric}' is not a score; choose from {', '.join(known)}")
-    if training.greater_is_better != (metric != "loss"):
-        better = "lower" if metric == "loss" else "greater"
-        raise InputError(
-            f"--greater_is_better {training.greater_is_better}: a {better} {metric} is better; leave it out"
-        )
 
 
 def _check_needs(training: Seq2SeqTrainingArguments, names: Mapping[str, str]) -> None:
