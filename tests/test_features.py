@@ -125,6 +125,7 @@ def test_training_on_cached_features_gives_the_live_runs_weights(prepared, tmp_p
         "--epochs=1",
         "--per_device_train_batch_size=150",
         "--use_cpu",
+        "--bf16=False",
         "--dataloader_num_workers=0",
         "--dataloader_persistent_workers=False",
     ]

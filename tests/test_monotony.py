@@ -80,7 +80,9 @@ def test_a_long_caption_is_cut_off():
 
 def test_training_warns_once_and_only_in_its_second_half(capsys):
     captions = dict.fromkeys(range(20), "a a a a a a a a")
-    trainer = SimpleNamespace(predictions=captions, references={number: ["a dog"] for number in captions})
+    trainer = SimpleNamespace(
+        predictions=captions, references={number: ["a dog"] for number in captions}, name_of="image {}".format
+    )
     progress = Progress(trainer)
 
     def said(step: int) -> list[str]:

@@ -591,6 +591,7 @@ def test_one_two_and_three_processes_train_to_the_same_weights_and_scores(few, t
         assert found[count][0] == steps and found[count][1] == predictions
         for split in ("validation", "test"):
             ours, theirs = dict(found[count][2][split]), dict(results[split])
+            assert ours.pop("signature") == theirs.pop("signature")
             intervals, expected = ours.pop("intervals"), theirs.pop("intervals")
             assert ours == pytest.approx(theirs, rel=1e-4)
             assert all(intervals[name] == pytest.approx(expected[name], rel=1e-4) for name in expected)

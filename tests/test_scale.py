@@ -27,7 +27,7 @@ with tempfile.TemporaryDirectory() as folder:
     file.touch()
     captions = [f"a {colour} {thing} beside {number} others" for colour in ("red", "green")
                 for thing in ("dog", "cat", "bus") for number in range(300)]
-    data = os.urandom(25_000)
+    data = b"\\xff\\xd8\\xff" + os.urandom(25_000)  # how a JPEG begins
     choose.prepare_image = lambda record, short_side: choose.Prepared(bytes(data))
     peaks = []
     for share in sys.argv[1:]:

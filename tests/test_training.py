@@ -541,7 +541,7 @@ def test_the_run_folder_is_complete(trained, prepared):
     predictions = json.loads((trained / "predictions_test.json").read_text())
     test_ids = list(load_from_disk(str(prepared))["test"]["image_id"])
     assert [entry["image_id"] for entry in predictions] == test_ids
-    assert all(set(entry) == {"image_id", "caption"} for entry in predictions)
+    assert all(set(entry) == {"image_id", "file_name", "caption"} for entry in predictions)
     # stdout holds the table and nothing else; what was decided is on stderr.
     table, beside = (trained.parent / "stdout.txt").read_text().split("\n\n")
     assert len(table.splitlines()) == 12 and table.split()[:2] == ["validation", "test"]
