@@ -16,6 +16,7 @@ from PIL import Image
 
 from captioning import InputError
 from captioning.model.captioner import load as load_bundle
+from captioning.scores import confidence
 from captioning.show import http, serve
 
 MISSING = [name for name in ("fastapi", "uvicorn", "python_multipart") if not importlib.util.find_spec(name)]
@@ -80,12 +81,12 @@ def test_an_upload_and_an_address_get_the_captions_of_the_command_line(trained, 
     photo = next((prepared / "sample" / "test2014").glob("*.jpg"))
     inference.main([f"--model_path={trained}", str(photo), "--json", "--alternatives=3", "--device=cpu"])
     expected = json.loads(capsys.readouterr().out)
-    captioner = serve.Captioner(load_bundle(trained))
+    captioner = serve.Captioner(load_bundle(trained), calibration=confidence.read(trained))
     with running(captioner) as port, Server({"/p.jpg": body(photo.read_bytes()), "/gone": status(404)}) as server:
         files = {"image": ("p.jpg", photo.read_bytes())}
         code, found = post(port, files=files, data={"alternatives": "3"})
         assert code == 200 and found["seconds"]["generate"] > 0
-        for name in ("caption", "alternatives", "score"):
+        for name in ("caption", "alternatives", "score", "confidence"):
             assert found[name] == expected[name]
         assert (
             post(port, json={"url": server.url("/p.jpg"), "alternatives": 3})[1]["alternatives"]

@@ -350,7 +350,7 @@ _BODY = {
 }
 _ERROR = {"type": "object", "properties": {"error": {"type": "string"}}}
 _ANSWERS: dict[int | str, dict[str, Any]] = {
-    200: {"description": "caption, score, alternatives [{caption, score}], seconds"},
+    200: {"description": "caption, score, confidence (where the run folder has it), alternatives, seconds"},
     **{
         status: {"description": reason, "content": {"application/json": {"schema": _ERROR}}}
         for status, reason in {

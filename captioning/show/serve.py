@@ -160,12 +160,17 @@ class Captioner:
         with self.turn:
             found = self._best(image, options)
         ended = time.perf_counter()
-        return {
+        answer: dict[str, Any] = {
             "caption": found[0].text,
             "score": round(found[0].score, 6),
             "alternatives": [{"caption": one.text, "score": round(one.score, 6)} for one in found],
             "seconds": {"read": round(read - began, 4), "generate": round(ended - read, 4)},
         }
+        if self.calibration:
+            from captioning.show import certainty
+
+            answer |= certainty.of_entry(answer, found, self.calibration, None)
+        return answer
 
     def _opened(self, data: bytes, name: str) -> Image.Image:
         side = 2 * self.bundle.pixels.resized_side
