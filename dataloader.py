@@ -124,8 +124,6 @@ class Arguments:
             raise InputError(
                 f"--val_share {self.val_share} and --test_share {self.test_share} leave no images to train on"
             )
-        if self.shard is not None and self.part is None:
-            raise InputError(f"--shard {self.shard} is not a part such as 1/4, the first of four")
         if self.part and 0 < self.limit_data < 3 * self.part[1]:
             raise InputError(f"--limit_data {self.limit_data} is too few for {self.part[1]} parts; each needs 3 images")
         if self.max_length < 2:
@@ -154,10 +152,7 @@ class Arguments:
     @property
     def part(self) -> tuple[int, int] | None:
         """`--shard` as two numbers."""
-        number, _, parts = (self.shard or "").partition("/")
-        if number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts):
-            return int(number), int(parts)
-        return None
+        return None if self.shard is None else cli.parse_shard(self.shard)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -32,6 +32,7 @@ from typing import TYPE_CHECKING, Any, cast
 from captioning import InputError, cli
 from captioning.data.sources import Picture, Source, expand, part_of, pictures
 from captioning.files import json_text, write_whole
+from captioning.model.caption import caption_all, in_batches
 from captioning.show import entries, outputs
 from captioning.show.arguments import Arguments
 
@@ -45,7 +46,6 @@ if TYPE_CHECKING:
     from captioning.model.onnx_captioner import OnnxBundle
     from captioning.scores.confidence import Calibration, Judged
     from captioning.show.clip_scores import ClipScores
-
 
 ENOUGH_TO_WARN = 10_000  # captions: whether they are all the same is seen by then
 
@@ -124,7 +124,6 @@ def load_exported(args: Arguments) -> OnnxBundle:
 
 def load_model(args: Arguments) -> Bundle:
     """The bundle on its device, with the decoding settings of the command line."""
-
     from captioning.model import captioner, parts
 
     parts.quiet_transformers()
@@ -151,15 +150,15 @@ def refuse_too_long(longest: int, positions: int) -> None:
         raise InputError(f"--max_new_tokens {longest} is too long; the decoder has {positions} positions")
 
 
-def captioning_functions(args: Arguments) -> tuple[Callable, Callable, Callable]:
-    """`in_batches`, `generate` and `best_captions` for the kind of `--model_path`."""
+def captioning_functions(args: Arguments) -> tuple[Callable, Callable]:
+    """`generate` and `best_captions` for the kind of `--model_path`."""
     if args.exported:
         from captioning.model import onnx_captioner
 
-        return onnx_captioner.in_batches, onnx_captioner.generate, onnx_captioner.best_captions
+        return onnx_captioner.generate, onnx_captioner.best_captions
     from captioning.model import explain, generate
 
-    return generate.in_batches, generate.generate, explain.best_captions
+    return generate.generate, explain.best_captions
 
 
 def device_of(args: Arguments) -> torch.device:
@@ -275,11 +274,10 @@ def write_captions(
 def make_faster(bundle: Bundle, dtype: str) -> None:
     """Let a model on a CPU multiply in the fastest way that there is for captions which nobody scores."""
     from captioning.model import fast
-    from captioning.training.arguments import multiplies_in_bfloat16
 
     if bundle.model.device.type == "cpu":
         fast.prepare(bundle.model, dtype)
-        if dtype == "bfloat16" and not multiplies_in_bfloat16():
+        if dtype == "bfloat16" and not fast.multiplies_in_bfloat16():
             cli.note("this processor does not multiply in bfloat16: --dtype float32 is faster")
 
 
@@ -300,7 +298,7 @@ def make_entries(
     calibration: Calibration | None,
 ) -> Iterator[tuple[Source, entries.Entry]]:
     """What is said of each image that can be read; `failed` is told why others cannot."""
-    in_batches, generate, best_captions = captioning_functions(args)
+    generate, best_captions = captioning_functions(args)
     # Twice what is needed: the decoder may skip detail that nobody will see, the resize stays the one of training.
     side = 2 * bundle.pixels.resized_side
     prepare = bundle.pixels if args.explain is None else None
@@ -524,16 +522,16 @@ def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[s
 
         exported = load_exported(args)
         onnx_captioner.refuse_small_images(exported, folder, args.model_path)
-        predictions = onnx_captioner.caption_all(exported, pictures, len(split), args.split, args.batch_size)
+        make = onnx_captioner.generate
+        predictions = caption_all(exported, pictures, len(split), args.split, make, args.batch_size)
         return predictions, {"int8": exported.int8, **dataclasses.asdict(exported.decoding)}, {}
     from captioning.model import explain, parts
-    from captioning.model.generate import caption_all
     from captioning.show import certainty
 
     bundle = load_model(args)
     of_data = parts.load_image_processor(folder, "--data_path")
     parts.refuse_small_images(of_data, bundle.image_processor, str(folder), args.model_path, args.model_path)
-    made = caption_all(bundle, pictures, len(split), args.split, args.batch_size, explain.best_captions)
+    made = caption_all(bundle, pictures, len(split), args.split, explain.best_captions, args.batch_size)
     judged = {image_id: certainty.judged(bundle.tokenizer, best) for image_id, (best, *_) in made.items()}
     predictions = {image_id: caption.text for image_id, caption in judged.items()}
     asked = args.wishes.settings() if args.wishes else {}

@@ -446,8 +446,8 @@ def score(
         losses: of each image, nats and tokens.
     """
     from captioning.data.facts import more_scores
+    from captioning.model.caption import caption_all
     from captioning.model.explain import best_captions
-    from captioning.model.generate import caption_all
     from captioning.scores.metrics import evaluate
     from captioning.show import certainty
 

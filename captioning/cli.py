@@ -327,6 +327,18 @@ def run(main: Callable[[], int | None]) -> None:
     sys.exit(code)
 
 
+def parse_shard(shard: str) -> tuple[int, int]:
+    """`--shard I/N` as two numbers.
+
+    Raises:
+        InputError: it is none.
+    """
+    number, _, parts = shard.partition("/")
+    if number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts):
+        return int(number), int(parts)
+    raise InputError(f"--shard {shard} is not a part such as 1/4, the first of four")
+
+
 JOINERS = "\u200c\u200d"
 
 

@@ -46,6 +46,19 @@ def hears_ctrl_c() -> None:
     signal.signal(signal.SIGINT, signal.SIG_DFL)
 
 
+def caller(model, capsys):
+    """A function that calls inference.py in this process; it returns (exit code, stdout, stderr)."""
+
+    def call(*arguments):
+        import inference
+
+        code = inference.main([f"--model_path={model}", "--device=cpu", *map(str, arguments)])
+        captured = capsys.readouterr()
+        return code, captured.out, captured.err
+
+    return call
+
+
 def free_port() -> int:
     """A port of 127.0.0.1 that nobody listens on."""
     with socket.socket() as free:

@@ -10,7 +10,7 @@ import zlib
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, contents, script
+from conftest import ROOT, caller, contents, script
 from datasets import load_from_disk
 from httpserver import Server, body, status
 from PIL import Image
@@ -42,14 +42,7 @@ def pictures(tmp_path_factory):
 
 @pytest.fixture
 def run(trained, capsys):
-    """Call the script's main in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        code = inference.main([f"--model_path={trained}", "--device=cpu", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return caller(trained, capsys)
 
 
 def test_one_image_prints_its_caption_alone(trained, pictures):

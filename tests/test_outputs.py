@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import contents
+from conftest import caller, contents
 from datasets import load_from_disk
 from forked import Training
 from PIL import Image
@@ -244,14 +244,7 @@ def photos(tmp_path):
 
 @pytest.fixture
 def run(untrained, capsys):
-    """Call inference.py in this process; returns (exit code, stdout, stderr)."""
-
-    def call(*arguments):
-        code = inference.main([f"--model_path={untrained}", "--device=cpu", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
-
-    return call
+    return caller(untrained, capsys)
 
 
 def plain(run, *arguments) -> list[tuple[str, ...]]:

@@ -1,9 +1,19 @@
-"""A generated caption with what the model thinks of it."""
+"""A generated caption with what the model thinks of it, and the captions of many images, by any kind of captioner."""
 
 from __future__ import annotations
 
+import itertools
 import math
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from captioning import cli
+
+if TYPE_CHECKING:
+    import numpy as np
+    from PIL import Image
 
 
 @dataclass
@@ -31,3 +41,53 @@ class Caption:
         """The mean log-probability of the tokens that the model chose."""
         chosen = self.log_probabilities[self.given :]
         return math.fsum(chosen) / len(chosen)
+
+
+# ---- many images
+
+BATCH_SIZE = 16  # images; scores that are told are computed with it, for another one rounds otherwise
+
+Key = TypeVar("Key")
+Made = TypeVar("Made")
+
+
+def in_batches(
+    bundle: Any,
+    pictures: Iterable[tuple[Key, np.ndarray]],
+    batch_size: int,
+    make: Callable[[Any, Any], Sequence[Made]],
+    total: int | None = None,
+    description: str | None = None,
+    after_batch: Callable[[], None] = lambda: None,
+) -> Iterator[tuple[Key, Made, float]]:
+    """Each picture's key with what `make` makes of it, and its share of the seconds; a bar on stderr shows the rate.
+
+    Args:
+        bundle: `captioner.Bundle` or `onnx_captioner.OnnxBundle`.
+        pictures: their contents are uint8 pixels (3, height, width).
+        make: takes the bundle and what its `batch` makes of pixels; returns one thing per image.
+        total: how many pictures there are; no bar is shown for one batch.
+        after_batch: called when everything of a batch has been taken.
+    """
+    pictures = iter(pictures)
+    with cli.bar(total=total, unit="image", desc=description, disable=(total or 0) <= batch_size) as bar:
+        while batch := list(itertools.islice(pictures, batch_size)):
+            began = time.perf_counter()
+            made = make(bundle, bundle.batch([pixels for _, pixels in batch]))
+            seconds = (time.perf_counter() - began) / len(batch)
+            yield from ((key, one, seconds) for (key, _), one in zip(batch, made, strict=True))
+            after_batch()
+            bar.update(len(batch))
+
+
+def caption_all(
+    bundle: Any,
+    images: Iterable[tuple[Key, Image.Image]],
+    total: int,
+    description: str,
+    make: Callable[[Any, Any], Sequence[Made]],
+    batch_size: int = BATCH_SIZE,
+) -> dict[Key, Made]:
+    """What `make` makes of each image, by its key; see `in_batches`."""
+    pictures = ((key, bundle.pixels(image)) for key, image in images)
+    return {key: one for key, one, _ in in_batches(bundle, pictures, batch_size, make, total, description)}

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from transformers import (
@@ -85,6 +86,10 @@ class Bundle:
     def to(self, device: torch.device) -> None:
         """Move the model."""
         self.model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature that torch gives it
+
+    def batch(self, pictures: Sequence[np.ndarray]) -> torch.Tensor:
+        """uint8 pixels (3, height, width) of images -> normalised, (images, 3, height, width), on its device."""
+        return self.pixels.normalise(torch.from_numpy(np.stack(pictures)).to(self.model.device))
 
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         """Each token by itself as text, special tokens too."""

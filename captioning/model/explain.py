@@ -132,7 +132,7 @@ def explain(
         InputError: there is no such layer, or the encoder's tokens are no grid of patches.
     """
     pixels = Pixels(bundle.image_processor)
-    values = pixels.normalise(torch.from_numpy(pixels(image))[None].to(bundle.model.device))
+    values = bundle.batch([pixels(image)])
     states = bundle.model.encoder(pixel_values=values).last_hidden_state
     captions = _search(bundle, states, alternatives, values)[0]
     best = captions[0]

@@ -44,6 +44,12 @@ def _replace_forward(module: Any, weight: torch.Tensor, dtype: torch.dtype) -> N
     module.forward = forward
 
 
+def multiplies_in_bfloat16() -> bool:
+    """Whether this processor multiplies in bfloat16; it is slower in it otherwise."""
+    processor = torch.cpu.get_capabilities()
+    return bool(processor.get("amx_bf16") or processor.get("avx512_bf16"))
+
+
 def in_dtype(make: Callable[..., Any], device: torch.device, dtype: str) -> Callable[..., Any]:
     """`make`, computing in `dtype` on an accelerator, as training does there."""
     if device.type == "cpu" or dtype == "float32":

@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import copy
-import itertools
-import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any, TypeVar, cast
+from collections.abc import Sequence
+from typing import Any, cast
 
-import numpy as np
 import torch
-from PIL import Image
 from transformers import (
     DynamicCache,
     EncoderDecoderCache,
@@ -19,7 +15,6 @@ from transformers import (
     VisionEncoderDecoderModel,
 )
 
-from captioning import cli
 from captioning.model import constrain
 from captioning.model.captioner import Bundle
 
@@ -98,59 +93,3 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor | Sequence[S
         cast(torch.Tensor, tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
     )
     return [" ".join(text.split()) for text in texts]
-
-
-# ---- many images
-
-Key = TypeVar("Key")
-Made = TypeVar("Made")
-
-
-def in_batches(
-    bundle: Bundle,
-    pictures: Iterable[tuple[Key, np.ndarray]],
-    batch_size: int,
-    make: Callable[[Bundle, torch.Tensor], Sequence[Made]],
-    total: int | None = None,
-    description: str | None = None,
-    after_batch: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Key, Made, float]]:
-    """Each picture's key with what `make` makes of it, and its share of the seconds; a bar on stderr shows the rate.
-
-    Args:
-        pictures: their contents are uint8 pixels (3, height, width).
-        make: takes the bundle and normalised pixels, (batch, channels, height, width); returns one thing per image.
-        total: how many pictures there are; no bar is shown for one batch.
-        after_batch: called when everything of a batch has been taken.
-    """
-    pictures = iter(pictures)
-    with cli.bar(total=total, unit="image", desc=description, disable=(total or 0) <= batch_size) as bar:
-        while batch := list(itertools.islice(pictures, batch_size)):
-            began = time.perf_counter()
-            stacked = torch.from_numpy(np.stack([pixels for _, pixels in batch])).to(bundle.model.device)
-            made = make(bundle, bundle.pixels.normalise(stacked))
-            seconds = (time.perf_counter() - began) / len(batch)
-            yield from ((key, one, seconds) for (key, _), one in zip(batch, made, strict=True))
-            after_batch()
-            bar.update(len(batch))
-
-
-BATCH_SIZE = 16  # images; scores that are told are computed with it, for another one rounds otherwise
-
-
-def caption_all(
-    bundle: Bundle,
-    images: Iterable[tuple[Key, Image.Image]],
-    total: int,
-    description: str,
-    batch_size: int = BATCH_SIZE,
-    make: Callable[[Bundle, torch.Tensor], Sequence[Made]] = generate,  # type: ignore[assignment]
-) -> dict[Key, Made]:
-    """The caption of each image, by its key.
-
-    Args:
-        make: as in `in_batches`.
-    """
-    pictures = ((key, bundle.pixels(image)) for key, image in images)
-    made = in_batches(bundle, pictures, batch_size, make, total, description)
-    return {key: caption for key, caption, _ in made}

@@ -10,13 +10,11 @@ and give.
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import math
 import os
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -114,6 +112,10 @@ class OnnxBundle:
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         """Each token by itself as text, special tokens too."""
         return self.tokenizer.decode_batch([[token] for token in tokens], skip_special_tokens=False)
+
+    def batch(self, pictures: Sequence[np.ndarray]) -> np.ndarray:
+        """uint8 pixels (3, height, width) of several images -> normalised, (images, 3, height, width)."""
+        return self.pixels.normalise(np.stack(pictures))
 
     @property
     def cache(self) -> list[Any]:
@@ -277,36 +279,3 @@ def refuse_small_images(bundle: OnnxBundle, data_path: Path, model_path: str) ->
             f"the images of --data_path '{data_path}' are stored with {stored} px, and '{model_path}' sees "
             f"{bundle.pixels.resized_side}; run dataloader.py with the --encoder and --decoder that it was trained with"
         )
-
-
-Key = TypeVar("Key")
-Made = TypeVar("Made")
-
-
-def in_batches(
-    bundle: OnnxBundle,
-    pictures: Iterable[tuple[Key, np.ndarray]],
-    batch_size: int,
-    make: Callable[[OnnxBundle, np.ndarray], Sequence[Made]],
-    total: int | None = None,
-    description: str | None = None,
-    after_batch: Callable[[], None] = lambda: None,
-) -> Iterator[tuple[Key, Made, float]]:
-    """As `generate.in_batches`."""
-    pictures = iter(pictures)
-    with cli.bar(total=total, unit="image", desc=description, disable=(total or 0) <= batch_size) as bar:
-        while batch := list(itertools.islice(pictures, batch_size)):
-            began = time.perf_counter()
-            made = make(bundle, bundle.pixels.normalise(np.stack([pixels for _, pixels in batch])))
-            seconds = (time.perf_counter() - began) / len(batch)
-            yield from ((key, one, seconds) for (key, _), one in zip(batch, made, strict=True))
-            after_batch()
-            bar.update(len(batch))
-
-
-def caption_all(
-    bundle: OnnxBundle, images: Iterable[tuple[Key, Image.Image]], total: int, description: str, batch_size: int
-) -> dict[Key, str]:
-    """As `generate.caption_all`."""
-    pictures = ((key, bundle.pixels(image)) for key, image in images)
-    return {key: one for key, one, _ in in_batches(bundle, pictures, batch_size, generate, total, description)}

@@ -318,7 +318,7 @@ def _pixels(bundle: captioner.Bundle, count: int) -> torch.Tensor:
     """Normalised pixels of images of noise, smooth enough to look like something."""
     noise = np.random.default_rng(0)
     images = [Image.fromarray(noise.integers(0, 256, (6, 8, 3), np.uint8)).resize((320, 240)) for _ in range(count)]
-    return bundle.pixels.normalise(torch.from_numpy(np.stack([bundle.pixels(image) for image in images])))
+    return bundle.batch([bundle.pixels(image) for image in images])
 
 
 @contextlib.contextmanager

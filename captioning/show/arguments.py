@@ -230,8 +230,8 @@ class Arguments:
         if self.data_path and (self.json or self.explain or self.alternatives > 1):
             wrong = "json" if self.json else "explain" if self.explain else "alternatives"
             raise InputError(f"--{wrong} is for --image_path, not for scoring a split")
-        if self.shard is not None and self.part is None:
-            raise InputError(f"--shard {self.shard} is not a part such as 1/4, the first of four")
+        if self.shard is not None:
+            cli.parse_shard(self.shard)
         self._check_outputs()
         if self.min_confidence is not None and not self.image_path:
             raise InputError("--min_confidence is for --image_path")
@@ -398,10 +398,7 @@ class Arguments:
     @property
     def part(self) -> tuple[int, int] | None:
         """`--shard` as two numbers."""
-        number, _, parts = (self.shard or "").partition("/")
-        if number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts):
-            return int(number), int(parts)
-        return None
+        return None if self.shard is None else cli.parse_shard(self.shard)
 
     def made_with(self) -> dict[str, Any]:
         """What decides the captions: the model, and each flag that is not as it is by default."""

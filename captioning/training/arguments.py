@@ -347,6 +347,8 @@ def training_arguments(args: Arguments, rest: Sequence[str]) -> Seq2SeqTrainingA
     defaults = device_defaults() | saving_defaults(given)
     on_cpu = "--use_cpu" in given and given["--use_cpu"].lower() in precision.YES
     if on_cpu:
+        from captioning.model.fast import multiplies_in_bfloat16
+
         defaults |= {"bf16": multiplies_in_bfloat16(), "dataloader_pin_memory": False}
     if wish is not None:
         defaults |= {kind: kind == wish.kind for kind in ("bf16", "fp16")}
@@ -442,17 +444,11 @@ def _refuse(message: str):
     raise InputError(message)
 
 
-def multiplies_in_bfloat16() -> bool:
-    """Whether this processor multiplies in bfloat16; it is slower in it otherwise."""
-    import torch
-
-    processor = torch.cpu.get_capabilities()
-    return bool(processor.get("amx_bf16") or processor.get("avx512_bf16"))
-
-
 def device_defaults() -> dict[str, Any]:
     """What depends on the machine: half precision and the number of data workers."""
     import torch
+
+    from captioning.model.fast import multiplies_in_bfloat16
 
     forced_to_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

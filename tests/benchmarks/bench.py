@@ -387,7 +387,7 @@ def measure_infer(case: str, args: argparse.Namespace) -> dict:
     import torch
 
     from captioning.data import images, sources
-    from captioning.model import fast, generate
+    from captioning.model import caption, fast, generate
 
     bundle = build(args)
     bundle.model.eval()
@@ -400,7 +400,7 @@ def measure_infer(case: str, args: argparse.Namespace) -> dict:
     make = fast.in_dtype(functools.partial(generate.generate, **settings), bundle.model.device, dtype)
     endless = [sources.Source(path) for path in paths] * 1000
     read = sources.pictures(endless, 512, bundle.pixels, 2 * size, lambda source, reason: None)
-    made = generate.in_batches(bundle, ((picture, picture.content) for picture in read), size, make)
+    made = caption.in_batches(bundle, ((picture, picture.content) for picture in read), size, make)
 
     def step(number: int) -> None:
         if case == "standard":
