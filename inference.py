@@ -384,8 +384,9 @@ def score(args: Arguments) -> int:
         target = file.with_name(f"scored_{args.split}_per_image.json")
     captions = {image_id: references.captions[image_id] for image_id in predictions}
     found = metrics.evaluate(predictions, captions, more=more_scores(references.source))
-    results = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
-    if split is not None:
+    if split is None:
+        results = [{"image_id": image_id, "caption": caption} for image_id, caption in predictions.items()]
+    else:
         if len(predictions) < len(split):
             split = split.select(row for row, image_id in enumerate(split.image_id) if image_id in predictions)
         results = split.results(predictions)
@@ -446,12 +447,15 @@ def compare(args: Arguments) -> int:
     for warning in compare.warnings(found, results, args.split):
         cli.note(f"warning: {warning}")
     row_of = {image_id: row for row, image_id in enumerate(split.image_id)}
-    file_names = dict(zip(split.image_id, split.names, strict=True))
     source = references.source
     target = args.output or Path(compare.file_name(names, args.split))
-    write_whole(target.with_suffix(".csv"), compare.per_image_csv(found, file_names))
+    write_whole(target.with_suffix(".csv"), compare.per_image_csv(found, references.names))
     page = compare.page(
-        found, f"{source}, {args.split} split", wording.author(source), file_names, lambda i: split.image(row_of[i])
+        found,
+        f"{source}, {args.split} split",
+        wording.author(source),
+        references.names,
+        lambda i: split.image(row_of[i]),
     )
     write_whole(target, page)
     first = found.evaluations[found.first]
@@ -505,8 +509,7 @@ def prepared_split(args: Arguments) -> tuple[Split, References]:
     splits, description = load_prepared(cli.prepared_folders(args.data_path))
     split = splits[args.split]
     names = dict(zip(split.image_id, split.names, strict=True))
-    captions = dict(zip(split.image_id, split.captions, strict=True))
-    return split, References(captions, names, description["source"], in_parts(description))
+    return split, References(split.references, names, description["source"], in_parts(description))
 
 
 def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[str, Any], dict[int, Judged]]:

@@ -383,7 +383,7 @@ def make_trainer(
     from captioning.training.self_critical import SelfCritical
     from captioning.training.trainer import CaptionTrainer, Patience
 
-    references = {name: dict(zip(d.split.image_id, d.split.captions, strict=True)) for name, d in datasets.items()}
+    references = {name: d.split.references for name, d in datasets.items()}
 
     @functools.cache
     def names() -> dict[int, str]:
@@ -455,7 +455,7 @@ def score(
     made = caption_all(bundle, pictures, len(split), f"captions of {name}", make=best_captions)
     judged = {image_id: certainty.judged(bundle.tokenizer, best) for image_id, (best, *_) in made.items()}
     predictions = {image_id: caption.text for image_id, caption in judged.items()}
-    references = dict(zip(split.image_id, split.captions, strict=True))
+    references = split.references
     found = evaluate(predictions, references, more=more_scores(source)).with_ratio("loss", *losses)
     return found, judged
 
@@ -464,7 +464,7 @@ def calibrate(judged: Mapping[int, Judged], split: Split, source: str, folder: P
     """Learn on the validation split how sure captions are, and keep it in the run folder."""
     from captioning.scores import confidence
 
-    references = dict(zip(split.image_id, split.captions, strict=True))
+    references = split.references
     try:
         calibration = confidence.calibrate(judged, references, f"{source}, validation split")
     except InputError as error:

@@ -98,7 +98,7 @@ def test_another_clip_has_other_vectors(folder, tmp_path):
 
 def test_scores_of_a_split_are_those_of_its_vectors(folder, tmp_path):
     split = madeup.split(6)
-    references = dict(zip(split.image_id, split.captions, strict=True))
+    references = split.references
     ids = list(references)
     random.Random(0).shuffle(ids)
     said = {i: references[i][1].lower() for i in ids}

@@ -27,7 +27,7 @@ def split():
 
 @pytest.fixture(scope="module")
 def references(split):
-    return dict(zip(split.image_id, split.captions, strict=True))
+    return split.references
 
 
 @pytest.fixture(scope="module")

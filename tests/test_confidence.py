@@ -8,6 +8,7 @@ import shutil
 
 import numpy as np
 import pytest
+from conftest import caller
 from PIL import Image
 
 import inference
@@ -123,9 +124,7 @@ def photos(tmp_path_factory):
 @pytest.fixture
 def run(trained, capsys):
     def call(*arguments, model=trained):
-        code = inference.main([f"--model_path={model}", "--device=cpu", *map(str, arguments)])
-        captured = capsys.readouterr()
-        return code, captured.out, captured.err
+        return caller(model, capsys)(*arguments)
 
     return call
 

@@ -109,7 +109,7 @@ def test_the_report_shows_scores_settings_and_captions(folder, made):
 def test_best_and_worst_are_those_by_cider(made):
     results, history, split, _ = made
     # Captions by people for half of the images, and one word for the rest.
-    references = dict(zip(split.image_id, split.captions, strict=True))
+    references = split.references
     good = {image_id: captions[0] for image_id, captions in list(references.items())[::2]}
     mixed = {image_id: good.get(image_id, "word") for image_id in references}
     page = html_report.report_page(results, history, split, mixed)

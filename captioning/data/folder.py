@@ -30,7 +30,7 @@ import PIL.Image
 
 from captioning import InputError, foreign
 from captioning.data import images
-from captioning.data.check import check
+from captioning.data.check import AGAIN, check
 from captioning.data.choose import SPLITS
 from captioning.data.records import Record
 from captioning.files import lock, read_json, remove
@@ -41,7 +41,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DESCRIPTION = "dataset.json"
-AGAIN = "run dataloader.py again"
 SHARD_SIZE = 500_000_000  # bytes of one Arrow file, about
 # What is used of a description, which may come from somebody else.
 COUNT = foreign.whole(0, 2**40)
@@ -368,6 +367,11 @@ class Split:
         """Every caption of each image, as the annotators wrote it."""
         return self._list("captions")
 
+    @property
+    def references(self) -> dict[int, list[str]]:
+        """`captions` by image id."""
+        return dict(zip(self.image_id, self.captions, strict=True))
+
     def results(self, predictions: Mapping[int, str]) -> list[dict[str, Any]]:
         """Captions by image id in COCO's results format, with file names where the data have them.
 
@@ -437,6 +441,11 @@ class Split:
         for chunk in self._chunks("image"):
             for image in chunk.field("bytes"):
                 yield image.as_py() or b""
+
+    @cached_property
+    def image_digests(self) -> bytes:
+        """The SHA-256 of each encoded image, one after the other."""
+        return b"".join(hashlib.sha256(image).digest() for image in self.encoded_images())
 
     def _list(self, column: str) -> list[Any]:
         return [value for chunk in self._chunks(column) for value in chunk.to_pylist()]

@@ -262,8 +262,6 @@ def _entries(file: Path) -> Iterator[tuple[Key | None, str, str | None]]:
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(f"--predictions '{file}' is not in {FORMAT} ({type(error).__name__}: {error})") from None
     except InputError as error:
-        if str(error).startswith("--"):
-            raise
         raise InputError(f"--predictions '{file}' is not in {FORMAT} ({error})") from None
 
 

@@ -43,6 +43,26 @@ class Caption:
         return math.fsum(chosen) / len(chosen)
 
 
+def ranked(
+    rows: Iterable[tuple[int, str, list[int], list[float]]], images: int, end: Any, penalty: float, given: int = 0
+) -> list[list[Caption]]:
+    """The different captions of each image, the best one first.
+
+    Args:
+        rows: of each caption its image, its text, its ids up to the end token and padding after it, and their
+            log-probabilities.
+        end: the id of the end token.
+        penalty: the length penalty of the score.
+        given: how many tokens are a prefix's.
+    """
+    found: list[dict[str, Caption]] = [{} for _ in range(images)]
+    for image, text, ids, values in rows:
+        length = ids.index(end) + 1 if end in ids else len(ids)
+        score = math.fsum(values[given:length]) / (length - given) ** penalty
+        found[image].setdefault(text, Caption(text, score, ids[:length], values[:length], given))
+    return [sorted(captions.values(), key=lambda caption: -caption.score) for captions in found]
+
+
 # ---- many images
 
 BATCH_SIZE = 16  # images; scores that are told are computed with it, for another one rounds otherwise

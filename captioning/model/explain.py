@@ -22,10 +22,9 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from captioning import InputError
 from captioning.model import constrain, wishes
-from captioning.model.caption import Caption
+from captioning.model.caption import Caption, ranked
 from captioning.model.captioner import Bundle
 from captioning.model.generate import decode, generate_tokens
-from captioning.model.parts import Pixels
 
 SCORED_TOGETHER = 32  # captions: with GPT-2's vocabulary and 40 tokens their logits take 260 MB
 MOST_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches
@@ -102,19 +101,14 @@ def _search(bundle: Bundle, states: torch.Tensor, count: int, pixel_values: torc
     images, generated = images.to(states.device), sequences[:, 1:]
     chosen = []  # the tokens' log-probabilities
     for start in range(0, len(sequences), SCORED_TOGETHER):
-        rows = slice(start, start + SCORED_TOGETHER)
-        of_image = images[rows]
+        part = slice(start, start + SCORED_TOGETHER)
+        of_image = images[part]
         logits = model(
-            encoder_outputs=BaseModelOutput(states[of_image]), decoder_input_ids=sequences[rows, :-1], use_cache=False
+            encoder_outputs=BaseModelOutput(states[of_image]), decoder_input_ids=sequences[part, :-1], use_cache=False
         ).logits
-        chosen += logits.float().log_softmax(-1).gather(2, generated[rows, :, None])[..., 0].tolist()
-    found: list[dict[str, Caption]] = [{} for _ in range(len(states))]
-    for image, text, ids, values in zip(images.tolist(), texts, generated.tolist(), chosen, strict=True):
-        end = settings.eos_token_id
-        length = ids.index(end) + 1 if end in ids else len(ids)
-        score = math.fsum(values[given:length]) / (length - given) ** penalty
-        found[image].setdefault(text, Caption(text, score, ids[:length], values[:length], given))
-    return [sorted(captions.values(), key=lambda caption: -caption.score) for captions in found]
+        chosen += logits.float().log_softmax(-1).gather(2, generated[part, :, None])[..., 0].tolist()
+    rows = zip(images.tolist(), texts, generated.tolist(), chosen, strict=True)
+    return ranked(rows, len(states), settings.eos_token_id, penalty, given)
 
 
 @torch.inference_mode()
@@ -131,8 +125,7 @@ def explain(
     Raises:
         InputError: there is no such layer, or the encoder's tokens are no grid of patches.
     """
-    pixels = Pixels(bundle.image_processor)
-    values = bundle.batch([pixels(image)])
+    values = bundle.batch([bundle.pixels(image)])
     states = bundle.model.encoder(pixel_values=values).last_hidden_state
     captions = _search(bundle, states, alternatives, values)[0]
     best = captions[0]

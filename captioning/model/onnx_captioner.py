@@ -23,16 +23,11 @@ from captioning import InputError, cli
 from captioning.files import read_json
 from captioning.model import beam_search
 from captioning.model.beam_search import Decoding
-from captioning.model.caption import Caption
+from captioning.model.caption import Caption, ranked
 
 ENCODER, DECODER = "encoder_model", "decoder_model_merged"
 INT8 = "_quantized"
 SCORED_TOGETHER = 32  # captions: with GPT-2's vocabulary and 40 tokens their logits take 260 MB
-
-
-def is_exported(path: str | os.PathLike) -> bool:
-    """Whether a folder holds a captioner in ONNX."""
-    return any(Path(path, "onnx", f"{ENCODER}{kind}.onnx").is_file() for kind in ("", INT8))
 
 
 class Pixels:
@@ -255,13 +250,10 @@ def best_captions(bundle: OnnxBundle, pixel_values: np.ndarray, count: int = 1) 
         logits = Rows(bundle, states[first : first + images]).all_logits(part[:, :-1])
         values = beam_search.log_softmax(logits)
         chosen += np.take_along_axis(values, part[:, 1:, None], 2)[..., 0].tolist()
-    found: list[dict[str, Caption]] = [{} for _ in states]
     generated = sequences[:, 1:].tolist()
-    for row, (text, ids, each) in enumerate(zip(decode(bundle, generated), generated, chosen, strict=True)):
-        length = ids.index(settings.end) + 1 if settings.end in ids else len(ids)
-        score = math.fsum(each[:length]) / length**settings.length_penalty
-        found[row // count].setdefault(text, Caption(text, score, ids[:length], each[:length]))
-    return [sorted(captions.values(), key=lambda caption: -caption.score) for captions in found]
+    of_image = (row // count for row in range(len(generated)))
+    rows = zip(of_image, decode(bundle, generated), generated, chosen, strict=True)
+    return ranked(rows, len(states), settings.end, settings.length_penalty)
 
 
 def decode(bundle: OnnxBundle, tokens: Sequence[Sequence[int]]) -> list[str]:

@@ -15,7 +15,7 @@ CIDEr-D stay those of the whole split, so that an image has the same score in ea
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -57,9 +57,12 @@ class Difference:
 
 def intervals(evaluation: Evaluation, resamples: int = RESAMPLES, seed: int = SEED) -> dict[str, tuple[float, float]]:
     """The 95 % interval of each score; none if there are no images."""
-    if not evaluation.ids:
-        return {}
-    return {name: _interval(drawn) for name, drawn in replicates(evaluation, resamples, seed).items()}
+    return intervals_of(replicates(evaluation, resamples, seed) if evaluation.ids else {})
+
+
+def intervals_of(drawn: Mapping[str, np.ndarray]) -> dict[str, tuple[float, float]]:
+    """The same of scores that were drawn already."""
+    return {name: _interval(scores) for name, scores in drawn.items()}
 
 
 def differences(
@@ -74,14 +77,20 @@ def differences(
         raise ValueError("These evaluations are of different images, or of another order.")
     if not ours.ids:
         return {}
-    first, second = (replicates(evaluation, resamples, seed) for evaluation in (ours, theirs))
+    return differences_of(ours, theirs, *(replicates(one, resamples, seed) for one in (ours, theirs)))
+
+
+def differences_of(
+    ours: Evaluation, theirs: Evaluation, first: Mapping[str, np.ndarray], second: Mapping[str, np.ndarray]
+) -> dict[str, Difference]:
+    """The same of scores that were drawn already, `first` of `ours` and `second` of `theirs`."""
     found = {}
     for name in first.keys() & second.keys():
         drawn, value = first[name] - second[name], ours.scores[name] - theirs.scores[name]
         # Differences of rounding are none: two equal captioners must not differ with certainty.
         as_far = int((abs(drawn - drawn.mean()) >= abs(value) - 1e-12).sum())
         low, high = _interval(drawn)
-        found[name] = Difference(value, low, high, (as_far + 1) / (resamples + 1))
+        found[name] = Difference(value, low, high, (as_far + 1) / (len(drawn) + 1))
     return {name: found[name] for name in ours.scores if name in found}
 
 

@@ -33,12 +33,11 @@ always stand before another noun.
 
 from __future__ import annotations
 
-import math
 import statistics
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
-from captioning.scores.bleu import SMALL, TINY
+from captioning.scores.bleu import bleu_of
 from captioning.scores.ngrams import ORDERS, NgramCounter, Ngrams
 from captioning.scores.words import ENGLISH, choose
 
@@ -183,14 +182,13 @@ def self_bleu(captions: Sequence[str]) -> float:
 
 
 def _against_others(own: Ngrams, highest: list[dict[int, tuple[int, int]]], lengths: Counter[int]) -> float:
-    product = 1.0
-    for n, counts in enumerate(own.counts):
+    matches = []
+    for counts, table in zip(own.counts, highest, strict=True):
         correct = 0
         for gram, times in counts.items():
-            most, second = highest[n][gram]
+            most, second = table[gram]
             correct += min(times, second if most == times else most)
-        product *= (correct + TINY) / (max(0, own.length - n) + SMALL)
+        matches.append(correct)
     others = (length for length, times in lengths.items() if times > (length == own.length))
     closest = min((abs(length - own.length), length) for length in others)[1]
-    ratio = (own.length + TINY) / (closest + SMALL)
-    return product ** (1 / ORDERS) * (math.exp(1 - 1 / ratio) if ratio < 1 else 1.0)
+    return bleu_of([*matches, *(max(0, own.length - n) for n in range(ORDERS)), own.length, closest])[-1]

@@ -42,7 +42,7 @@ class ClipScores:
 
         if not found.ids:
             return found
-        references = dict(zip(self.split.image_id, self.split.captions, strict=True))
+        references = self.split.references
         own = self.clip.texts([PROMPT + captions[i] for i in found.ids])
         others = self.clip.texts([PROMPT + text for i in found.ids for text in references[i]])
         images = np.array([self.images[i] for i in found.ids])

@@ -2,7 +2,7 @@
 
     found = compare({"run-a": captions, "run-b": others}, references)
     print(table(found))
-    page(found, names, picture)         # HTML, one file
+    page(found, title, author, names, picture)   # HTML, one file
     per_image_csv(found, names)
 
 Each captioner is compared with the first one.
@@ -112,13 +112,17 @@ def compare(
     evaluations = {name: evaluate(said, references, more=more) for name, said in captions.items()}
     if extend is not None:
         evaluations = {name: extend(found, captions[name]) for name, found in evaluations.items()}
-    first = next(iter(evaluations.values()))
+    first, *others = evaluations
+    drawn = {name: bootstrap.replicates(found) if found.ids else {} for name, found in evaluations.items()}
     return Comparison(
         captions,
         references,
         evaluations,
-        {name: bootstrap.intervals(found) for name, found in evaluations.items()},
-        {name: bootstrap.differences(found, first) for name, found in evaluations.items() if found is not first},
+        {name: bootstrap.intervals_of(draws) for name, draws in drawn.items()},
+        {
+            name: bootstrap.differences_of(evaluations[name], evaluations[first], drawn[name], drawn[first])
+            for name in others
+        },
         seeds,
     )
 

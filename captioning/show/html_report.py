@@ -71,6 +71,7 @@ def report_page(
     predictions: Mapping[int, str],
     judged: Mapping[int, Judged] | None = None,
     calibration: Calibration | None = None,
+    each: Mapping[int, Mapping[str, float]] | None = None,
 ) -> str:
     """The page of a run.
 
@@ -81,11 +82,14 @@ def report_page(
         predictions: the caption of each of its images, by id.
         judged: how probable each of them is.
         calibration: how sure each is by that; None: nothing is said of it.
+        each: the scores of each image, by id; None: they are computed.
 
     Returns:
         An HTML document. Every caption and name in it is escaped, control characters are left out.
     """
-    references = dict(zip(split.image_id, split.captions, strict=True))
+    references = split.references
+    if each is None:
+        _, each = metrics.coco_scores(dict(predictions), references, per_image=True, rouge=False)
     return render(
         "report.html.jinja",
         title=wording.title(results["model"]["encoder"], results["model"]["decoder"]),
@@ -96,7 +100,7 @@ def report_page(
         scores=_scores(results),
         curves=_curves(log_history, results["step"]),
         speech=_speech(predictions, references, results.get("diversity", {})),
-        examples=_examples(split, predictions, references, judged if calibration else None, calibration),
+        examples=_examples(split, predictions, references, each, judged, calibration),
         sure=_sure(results.get("confidence")),
         settings=_settings(results),
     )
@@ -252,11 +256,11 @@ def _examples(
     split: Split,
     predictions: Mapping[int, str],
     references: Mapping[int, list[str]],
+    each: Mapping[int, Mapping[str, float]],
     judged: Mapping[int, Judged] | None,
     calibration: Calibration | None,
 ) -> list[tuple[str, str, list[dict[str, Any]]]]:
     """(name, how they were chosen, cards) of each group."""
-    _, each = metrics.coco_scores(dict(predictions), dict(references), per_image=True, rouge=False)
     ids = split.image_id
     # CIDEr-D is 0 for many bad captions: among those, the overlap decides.
     ranked = sorted(range(len(ids)), key=lambda row: (each[ids[row]]["cider_d"], each[ids[row]]["rouge_l"]))

@@ -201,7 +201,7 @@ def make_app(captioner: Any, limits: Limits | None = None, public: bool = False)
                     if fetches.locked():
                         raise Refused(503, "too many addresses are fetched at once; try again in a few seconds")
                     async with fetches:
-                        data = await asyncio.to_thread(_fetched, source, public)
+                        data = await asyncio.to_thread(images.read_bytes, source, public=public)
                     name = source
                 else:
                     upload, name, data = source, source.filename or "the image", None
@@ -246,15 +246,11 @@ def _address(url: Any) -> str:
     return url.strip()
 
 
-def _fetched(url: str, public: bool) -> bytes:
-    return images.read_bytes(url, public=public)
-
-
 def _refusal(status: int, message: str) -> Any:
     from fastapi.responses import JSONResponse
 
     message = cli.printable(message)
-    headers = {"Retry-After": "2"} if status in (429, 503) else {}
+    headers = {"Retry-After": "2"} if status == 503 else {}
     return JSONResponse({"error": f"{message[:1].upper()}{message[1:]}."}, status, headers)
 
 

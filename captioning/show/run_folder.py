@@ -63,13 +63,14 @@ def write(folder: Path, run: Run, test_split: Split) -> dict[str, Any]:
     """Write every file but the model's into `folder`, which exists; returns what `results.json` holds."""
     captions = test_split.results(run.predictions)
     write_whole(folder / "predictions_test.json", json_text(captions, indent=1) + "\n")  # COCO's results format
-    results = results_of(run) | sureness(run)
-    references = dict(zip(test_split.image_id, test_split.captions, strict=True))
+    each = run.test.per_image()
+    results = results_of(run) | sureness(run, each)
+    references = test_split.references
     results["diversity"] = diversity_of(run.predictions, references)
     write_whole(folder / "results.json", json_text(results, indent=2, allow_nan=False) + "\n")
     write_whole(
         folder / "report.html",
-        report_page(results, run.log_history, test_split, run.predictions, run.judged, run.calibration),
+        report_page(results, run.log_history, test_split, run.predictions, run.judged, run.calibration, each),
     )
     draw_curves(run.log_history, folder / "training_curves.png", run.kept)
     items = [
@@ -102,12 +103,12 @@ def diversity_of(captions: Mapping[int, str], references: Mapping[int, Sequence[
     return {"model": diversity.diversity(captions, references), "people": diversity.of_people(references)}
 
 
-def sureness(run: Run) -> dict[str, Any]:
+def sureness(run: Run, each: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
     """What `results.json` holds of the confidence of the test captions."""
     if run.calibration is None:
         return {}
     confidences = {image_id: run.calibration.caption(caption) for image_id, caption in run.judged.items()}
-    cider_d = {image_id: scores["cider_d"] for image_id, scores in run.test.per_image().items()}
+    cider_d = {image_id: scores["cider_d"] for image_id, scores in each.items()}
     return {"confidence": reliability_of(confidences, cider_d)}
 
 

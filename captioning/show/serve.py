@@ -30,7 +30,7 @@ from captioning import InputError, cli
 from captioning.data import images
 from captioning.model.caption import Caption
 from captioning.model.wishes import CASES, Wishes
-from captioning.show import http, pages
+from captioning.show import entries, http, pages
 
 if TYPE_CHECKING:
     from captioning.model.captioner import Bundle
@@ -160,12 +160,9 @@ class Captioner:
         with self.turn:
             found = self._best(image, options)
         ended = time.perf_counter()
-        answer: dict[str, Any] = {
-            "caption": found[0].text,
-            "score": round(found[0].score, 6),
-            "alternatives": [{"caption": one.text, "score": round(one.score, 6)} for one in found],
-            "seconds": {"read": round(read - began, 4), "generate": round(ended - read, 4)},
-        }
+        answer = entries.entry(name, found)
+        del answer["path"]
+        answer["seconds"] = {"read": round(read - began, 4), "generate": round(ended - read, 4)}
         if self.calibration:
             from captioning.show import certainty
 

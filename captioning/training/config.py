@@ -132,7 +132,7 @@ def dump(args: Any, training: Seq2SeqTrainingArguments, defaults: Mapping[str, A
         ours["freeze_encoder"] = True
     ours["epochs"] = None if training.max_steps > 0 else training.num_train_epochs
     theirs = {field.name: getattr(training, field.name) for field in dataclasses.fields(training) if field.init}
-    theirs = {name: theirs[name] for name in theirs if name in flags.WORKS - LEFT_OUT - LENGTH - flags.OURS}
+    theirs = {name: theirs[name] for name in theirs if name in flags.WORKS - LEFT_OUT - LENGTH}
     if training.max_steps > 0:
         theirs["max_steps"] = training.max_steps
     for name in ("gradient_checkpointing", "gradient_checkpointing_kwargs"):

@@ -115,8 +115,7 @@ class FeatureCache:
         for name, tensor in sorted(encoder.state_dict().items()):
             digest.update(name.encode())
             digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-        for image in dataset.split.encoded_images():
-            digest.update(hashlib.sha256(image).digest())
+        digest.update(dataset.split.image_digests)
         return digest.hexdigest()[:20]
 
     @torch.inference_mode()

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from captioning import InputError
 from captioning.scores.names import CLIP_KEYS, SCORE_NAMES
+from captioning.training import precision
 
 if TYPE_CHECKING:
     from transformers import Seq2SeqTrainingArguments
@@ -143,7 +144,6 @@ ABOVE_ZERO = ("learning_rate", "num_train_epochs", "logging_steps", "eval_steps"
 # Optimisers that cannot train here, by the beginning or the end of their names.
 UNFIT_OPTIMISERS = {
     "lomo": "updates the weights while gradients are computed, with one learning rate for all parts",
-    "adalomo": "updates the weights while gradients are computed, with one learning rate for all parts",
     "schedule_free": "evaluates other weights than it trains, and checkpoints here hold one kind",
     "layerwise": "updates the weights while gradients are computed, with one learning rate for all parts",
 }
@@ -221,7 +221,7 @@ def _check_use(training: Seq2SeqTrainingArguments, names: Mapping[str, str]) -> 
     for name, (must, reason) in FIXED.items():
         value = getattr(training, name)
         if name.startswith("do_"):  # the library derives these from others
-            value = names.get(name, "true").lower() not in ("false", "0", "no", "n", "f")
+            value = names.get(name, "true").lower() not in precision.NO
         if value != must:
             raise InputError(f"--{name} {value} cannot work here: {reason}")
     defaults = {
@@ -262,7 +262,6 @@ def _check_needs(training: Seq2SeqTrainingArguments, names: Mapping[str, str]) -
     evaluating, logging = _value(training.eval_strategy), _value(training.logging_strategy)
     optimiser, checkpointing = _value(training.optim), bool(training.activation_checkpointing)
     workers = training.dataloader_num_workers > 0
-    persistent = workers or names.get("dataloader_persistent_workers", "").lower() in ("false", "no", "0")
     needs = {
         "eval_delay": (evaluating != "no", f"--eval_strategy {evaluating}"),
         "eval_on_start": (evaluating != "no", f"--eval_strategy {evaluating}"),
@@ -273,7 +272,7 @@ def _check_needs(training: Seq2SeqTrainingArguments, names: Mapping[str, str]) -
         "optim_target_modules": (optimiser.startswith(LOW_RANK), f"--optim {optimiser}"),
         "run_name": (training.report_to, "--report_to none"),
         "project": (training.report_to, "--report_to none"),
-        "dataloader_persistent_workers": (persistent, "--dataloader_num_workers 0"),
+        "dataloader_persistent_workers": (workers, "--dataloader_num_workers 0"),
         "dataloader_multiprocessing_context": (workers, "--dataloader_num_workers 0"),
     }
     for name in names:

@@ -14,12 +14,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 from captioning import InputError
-from captioning.files import read_json
-from captioning.training.resilience import STATE
+from captioning.training.resilience import kept_of_run
 
 if TYPE_CHECKING:
     import torch
-    from transformers import Seq2SeqTrainingArguments
+    from transformers import Seq2SeqTrainingArguments, TrainingArguments
 
 LAUNCHER = "ACCELERATE_MIXED_PRECISION"
 NAMES = {"bf16": "bfloat16", "fp16": "float16", "no": "float32"}
@@ -69,7 +68,12 @@ def of(training: Seq2SeqTrainingArguments) -> torch.dtype:
     """What matrix products are computed in."""
     import torch
 
-    return torch.bfloat16 if training.bf16 else torch.float16 if training.fp16 else torch.float32
+    return getattr(torch, name_of(training))
+
+
+def name_of(training: TrainingArguments) -> str:
+    """The same as a word."""
+    return NAMES["bf16" if training.bf16 else "fp16" if training.fp16 else "no"]
 
 
 def refuse_float16(training: Seq2SeqTrainingArguments, wish: Wish | None) -> None:
@@ -93,7 +97,7 @@ def settle(training: Seq2SeqTrainingArguments, wish: Wish | None, checkpoint: Pa
     """
     if wish is not None:
         reason = wish.by
-    elif before := checkpoint and _of_run(checkpoint):
+    elif before := checkpoint and kept_of_run(checkpoint).get("precision"):
         training.bf16, training.fp16 = before == "bfloat16", before == "float16"
         reason = "as the run began"
     elif training.device.type == "cpu":
@@ -102,8 +106,3 @@ def settle(training: Seq2SeqTrainingArguments, wish: Wish | None, checkpoint: Pa
         reason = "this GPU multiplies in it" if training.bf16 else "this device does not multiply in bfloat16"
     training.mixed_precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
     return f"{NAMES[training.mixed_precision]} ({reason})"
-
-
-def _of_run(checkpoint: Path) -> str | None:
-    saved = read_json(checkpoint / STATE).get("stateful_callbacks", {}).get("Resumed", {}).get("attributes", {})
-    return saved.get("precision")

@@ -20,7 +20,7 @@ import threading
 import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from captioning import InputError
 from captioning.files import is_full_disk, is_whole_safetensors, read_json
@@ -50,6 +50,11 @@ def damage(checkpoint: Path) -> str | None:
         if not (is_whole_safetensors(file) if file in weights else zipfile.is_zipfile(file)):
             return f"its {file.name} is cut short"
     return None
+
+
+def kept_of_run(checkpoint: Path) -> dict[str, Any]:
+    """What a checkpoint keeps of the run that it belongs to, see `resumable.Resumed`."""
+    return read_json(checkpoint / STATE).get("stateful_callbacks", {}).get("Resumed", {}).get("attributes", {})
 
 
 def newest_checkpoint(folder: Path) -> Path | None:

@@ -36,7 +36,16 @@ from captioning.foreign import Check, check, either, flag, list_of, null, number
 from captioning.model.limits import check_files
 from captioning.model.parts import literal, read_config, refusing
 from captioning.model.weights import load_weights
-from captioning.training.resilience import STATE, LossWatch, StopSignals, explained, in_own_group, whole_checkpoint
+from captioning.training import precision
+from captioning.training.resilience import (
+    STATE,
+    LossWatch,
+    StopSignals,
+    explained,
+    in_own_group,
+    kept_of_run,
+    whole_checkpoint,
+)
 
 # What is used of a trainer_state.json, which may come from somebody else.
 _entry = object_of(either(lambda value: None if isinstance(value, int | float) else "a number", text(), null))
@@ -150,7 +159,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         return trained
 
     def _refuse_another_run(self, checkpoint: Path) -> None:
-        saved = read_json(checkpoint / STATE).get("stateful_callbacks", {}).get("Resumed", {}).get("attributes", {})
+        saved = kept_of_run(checkpoint)
         for name, now in self.resumed.recipe.items():
             before = saved.get(name, now)
             if before != now:
@@ -322,9 +331,7 @@ class Resumed(TrainerCallback, ExportableState):
         return {"data": hashlib.sha256(str(lengths).encode()).hexdigest()[:16], "parts": " and ".join(sorted(parts))}
 
     def state(self) -> dict:
-        args = self.trainer.args
-        precision = "bfloat16" if args.bf16 else "float16" if args.fp16 else "float32"
-        return {"args": {}, "attributes": {**self.recipe, "precision": precision}}
+        return {"args": {}, "attributes": {**self.recipe, "precision": precision.name_of(self.trainer.args)}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, saved = self.trainer, state.stateful_callbacks

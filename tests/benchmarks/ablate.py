@@ -282,7 +282,7 @@ def compare_decodings(args: argparse.Namespace) -> None:
     parts.quiet_transformers()
     bundle = captioner.load(args.model_path)
     rows = folder.load_prepared(args.data_path)[0]["validation"]
-    references = dict(zip(rows.image_id, rows.captions, strict=True))
+    references = rows.references
     pixels = parts.Pixels(bundle.image_processor)
     dataset = batches.CaptionDataset(rows, pixels)
     states = []

@@ -28,7 +28,7 @@ def main(argv=None) -> None:
     parser.add_argument("--split", default="test", choices=("train", "validation", "test"))
     args = parser.parse_args(argv)
     rows = load_prepared(args.data_path)[0][args.split]
-    references = dict(zip(rows.image_id, rows.captions, strict=True))
+    references = rows.references
     pair = []
     for file in args.predictions:
         entries = json.loads(file.read_text(encoding="utf-8"))
