@@ -246,6 +246,13 @@ def test_a_run_goes_on_in_the_precision_that_it_began_with(tmp_path):
     assert (training.bf16, training.mixed_precision, precision.of(training)) == (False, "no", torch.float32)
 
 
+@pytest.mark.parametrize("kept", [[], None, {"Resumed": []}, {"Resumed": {"attributes": 3}}])
+def test_a_strange_checkpoint_tells_no_precision(kept, tmp_path):
+    training = Seq2SeqTrainingArguments(output_dir=str(tmp_path), use_cpu=True, bf16=True, report_to="none")
+    (tmp_path / "trainer_state.json").write_text(json.dumps({"stateful_callbacks": kept}))
+    assert precision.settle(training, None, tmp_path).startswith("bfloat16 (this processor")
+
+
 def test_a_checkpoint_keeps_the_precision_and_the_log_tells_it(few, tmp_path, capsys):
     more = ["--max_steps=1", "--per_device_train_batch_size=24", "--bf16=True"]
     train.main(words(few, tmp_path, *more))

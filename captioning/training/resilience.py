@@ -53,8 +53,11 @@ def damage(checkpoint: Path) -> str | None:
 
 
 def kept_of_run(checkpoint: Path) -> dict[str, Any]:
-    """What a checkpoint keeps of the run that it belongs to, see `resumable.Resumed`."""
-    return read_json(checkpoint / STATE).get("stateful_callbacks", {}).get("Resumed", {}).get("attributes", {})
+    """What a checkpoint keeps of the run that it belongs to, see `resumable.Resumed`; {} where there is none."""
+    kept: Any = read_json(checkpoint / STATE)
+    for name in ("stateful_callbacks", "Resumed", "attributes"):
+        kept = kept.get(name) if isinstance(kept, dict) else None
+    return kept if isinstance(kept, dict) else {}
 
 
 def newest_checkpoint(folder: Path) -> Path | None:
