@@ -342,8 +342,6 @@ def load(path: str | os.PathLike) -> Bundle:
     Raises:
         InputError: the folder is missing, incomplete, or not a vision encoder-decoder, or lacks weights.
     """
-    if not Path(path).exists() and str(path).startswith((".", "/", "~")):
-        raise InputError(f"--model_path '{path}' does not exist; {BUNDLE_HINT}")
     folder = resolve(path, "--model_path")
     config = read_config(folder, "--model_path")
     if config.model_type != "vision-encoder-decoder":

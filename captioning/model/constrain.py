@@ -432,13 +432,13 @@ class Constrain(LogitsProcessor):
         """`logs` with the tokens of missing words made likelier, and without new words where there is no room."""
         if not self.encouragement and self.rules.wishes.max_words is None:
             return logs
-        urged = logs.clone()
+        urged, next_word = logs.clone(), self.rules.words.next_word.to(logs.device)
         for row, tokens in enumerate(rows):
             found = self.texts[row // self.beams].get(tokens)
             if found is None:
                 continue
             if self.rules.full(found[0]):
-                urged[row, self.rules.words.next_word.to(logs.device)] = -math.inf
+                urged[row, next_word] = -math.inf
             first = not found[0].read.strip()
             for word in self.rules.wishes.missing(found[0].read):
                 spelt = self.rules.words.spell(word, first)

@@ -118,12 +118,11 @@ class OnnxBundle:
         return [one for one in self.decoder.get_inputs() if one.name.startswith("past_key_values.")]
 
 
-def load(path: str | os.PathLike, int8: bool = False, threads: int | None = None) -> OnnxBundle:
+def load(path: str | os.PathLike, int8: bool = False) -> OnnxBundle:
     """The captioner of an exported folder.
 
     Args:
         int8: take the weights of 8 bits. They are also taken where there are no others.
-        threads: of onnxruntime; None: as many as OMP_NUM_THREADS says, or as it finds best.
 
     Raises:
         InputError: onnxruntime is not installed, or the folder is incomplete or damaged.
@@ -144,7 +143,7 @@ def load(path: str | os.PathLike, int8: bool = False, threads: int | None = None
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     options.inter_op_num_threads = 1
-    options.intra_op_num_threads = threads or _threads()
+    options.intra_op_num_threads = _threads()
     sessions = []
     for name in (ENCODER, DECODER):
         file = graphs / f"{name}{INT8 if int8 else ''}.onnx"

@@ -29,8 +29,8 @@ from captioning import InputError, cli
 from captioning.data.sources import Source
 from captioning.files import json_text, lock, open_in_place, read_json, remove_leftovers, replacing, write_whole
 from captioning.show import entries
+from captioning.show.entries import Entry
 
-Entry = dict[str, Any]
 Mode = Literal["continue", "append", "overwrite"]
 
 ENDINGS = (".json", ".jsonl", ".csv", ".tsv")
