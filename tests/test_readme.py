@@ -82,6 +82,18 @@ def test_every_picture_is_small_and_is_shown_somewhere():
     assert shown == set((ROOT / ".github/images").resolve().iterdir())
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_every_row_of_a_table_has_the_cells_of_its_head(page):
+    cells = 0
+    for line in (ROOT / page).read_text().splitlines():
+        if not line.lstrip().startswith("|"):
+            cells = 0
+            continue
+        here = len(re.sub(r"`[^`]*`", "", line).strip().strip("|").split("|"))
+        cells = cells or here
+        assert here == cells, line
+
+
 def test_the_table_of_files_lists_every_module():
     contributing = (ROOT / ".github/CONTRIBUTING.md").read_text()
     for module in (ROOT / "captioning").rglob("*.py"):
