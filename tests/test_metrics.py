@@ -7,6 +7,7 @@ import math
 import random
 import shutil
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -14,11 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from captioning import InputError
-from captioning.scores.bleu import statistics
-from captioning.scores.cider import InverseDocumentFrequencies, cider_d
+from captioning.scores.cider import InverseDocumentFrequencies, cider_d, document_frequencies
 from captioning.scores.metrics import coco_scores, protocol
 from captioning.scores.names import COCO_KEYS, ROUGE_KEYS, SCORE_NAMES
-from captioning.scores.ngrams import NgramCounter
+from captioning.scores.ngrams import count, spelt
 from captioning.scores.reward import CiderReward
 from captioning.scores.words import choose, unicode_words
 
@@ -199,8 +199,7 @@ def test_evaluate_metric(monkeypatch, tmp_path):
 
 
 def test_ngrams_are_counted_with_their_repetitions():
-    counter = NgramCounter()
-    ngrams, again, empty = map(counter.count, ["a dog and a dog", "dog a", ""])
+    ngrams, again, empty = map(count, ["a dog and a dog", "dog a", ""])
     assert ngrams.length == 5
     assert [sorted(counts.values()) for counts in ngrams.counts] == [[1, 2, 2], [1, 1, 2], [1, 1, 1], [1, 1]]
     assert len(ngrams.counts[0].keys() & again.counts[0].keys()) == 2
@@ -209,17 +208,14 @@ def test_ngrams_are_counted_with_their_repetitions():
     assert empty.counts == [{}, {}, {}, {}]
 
 
-def test_ngrams_of_different_counters_are_not_compared():
-    """Each counter numbers words from 1: "a cat" and "a dog" would be the same n-grams."""
-    cat, dog = NgramCounter().count("a cat"), NgramCounter().count("a dog")
-    assert cat.counts == dog.counts
-    for compare in (
-        lambda: statistics([cat], [[dog]]),
-        lambda: cider_d([cat], [[cat]], InverseDocumentFrequencies([[dog]])),
-        lambda: InverseDocumentFrequencies([[cat], [dog]]),
-    ):
-        with pytest.raises(ValueError, match="count all captions with one NgramCounter"):
-            compare()
+def test_ngrams_of_any_two_captions_can_be_compared_also_from_threads():
+    texts = [f"{word} dog and a new{number} cat" for number in range(300) for word in ("a", "one")]
+    with ThreadPoolExecutor(8) as threads:
+        counted = list(threads.map(count, texts))
+    assert counted == list(map(count, texts))
+    grams = [gram for counts in counted[1].counts for gram in counts]
+    words = texts[1].split()
+    assert spelt(grams) == [" ".join(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)]
 
 
 def test_every_score_has_a_name():
@@ -228,9 +224,9 @@ def test_every_score_has_a_name():
 
 def test_cider_d_by_hand():
     """Two images, one word each: of all n-grams only the 1-gram "dog" of the first image is shared."""
-    counter = NgramCounter()
-    references = [[counter.count("dog")], [counter.count("cat")]]
-    scores = cider_d([counter.count("dog"), counter.count("dog")], references, InverseDocumentFrequencies(references))
+    references = [[count("dog")], [count("cat")]]
+    idf = InverseDocumentFrequencies(*document_frequencies(references))
+    scores = cider_d([count("dog"), count("dog")], references, idf)
     assert scores == [10 / 4, 0]  # the cosine is 1 for n = 1, and 0 for n = 2, 3, 4
 
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
-from captioning.scores.ngrams import ORDERS, Ngrams, check_counters
+from captioning.scores.ngrams import ORDERS, Ngrams
 
 
 def statistics(captions: Sequence[Ngrams], references: Sequence[Sequence[Ngrams]]) -> list[list[int]]:
@@ -22,12 +22,8 @@ def statistics(captions: Sequence[Ngrams], references: Sequence[Sequence[Ngrams]
 
     Args:
         captions: one of each image.
-        references: of each image, one or more, counted by the counter of `captions`.
-
-    Raises:
-        ValueError: the n-grams are of different counters.
+        references: of each image, one or more.
     """
-    check_counters({caption.counter for caption in captions} | {r.counter for rs in references for r in rs})
     return [_statistics(caption, own) for caption, own in zip(captions, references, strict=True)]
 
 

@@ -17,39 +17,50 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
-from captioning.scores.ngrams import ORDERS, NgramCounter, Ngrams, check_counters
+from captioning.scores.ngrams import ORDERS, Ngrams
 
 SIGMA = 6.0  # of the Gaussian penalty
 
 
-class InverseDocumentFrequencies:
-    """How rare each n-gram is, a document being all references of one image.
+def document_frequencies(references: Iterable[Sequence[Ngrams]]) -> tuple[int, dict[int, int]]:
+    """How many images there are, and how many of them have each n-gram in their references, if several have.
 
     Args:
-        references: of each image, counted by one counter.
+        references: of each image.
+    """
+    images, frequencies = 0, Counter[int]()
+    for captions in references:
+        frequencies.update(set().union(*[grams for caption in captions for grams in caption.counts]))
+        images += 1
+    return images, {gram: times for gram, times in frequencies.items() if times > 1}
 
-    Raises:
-        ValueError: the n-grams are of different counters.
+
+class InverseDocumentFrequencies:
+    """How rare each n-gram is.
+
+    Args:
+        images: how many there are.
+        frequencies: {n-gram: how many images have it in their references}. Most n-grams are in those of one image;
+            they are left out.
     """
 
-    def __init__(self, references: Iterable[Sequence[Ngrams]]):
-        images, document_frequency = 0, Counter[int]()
-        self.counters: set[NgramCounter] = set()
-        for captions in references:
-            document_frequency.update(set().union(*[grams for caption in captions for grams in caption.counts]))
-            self.counters.update(caption.counter for caption in captions)
-            images += 1
-        check_counters(self.counters)
+    def __init__(self, images: int, frequencies: Mapping[int, int]):
         log_images = math.log(max(1, images))
-        # Most n-grams are in the references of one image. The table leaves them out.
         self._once = log_images**2
-        self._squared = {gram: (log_images - math.log(df)) ** 2 for gram, df in document_frequency.items() if df > 1}
+        self._squared = {gram: (log_images - math.log(times)) ** 2 for gram, times in frequencies.items()}
 
     def squared(self, gram: int) -> float:
         """The square of the inverse document frequency."""
         return self._squared.get(gram, self._once)
+
+    def norms(self, caption: Ngrams) -> list[float]:
+        """|g| for n = 1, 2, 3, 4."""
+        return [
+            math.sqrt(sum([(times * times) * self.squared(gram) for gram, times in grams.items()]))
+            for grams in caption.counts
+        ]
 
 
 def cider_d(
@@ -60,33 +71,46 @@ def cider_d(
     Args:
         captions: one or several of an image, in any order.
         references: of each caption, one or more.
-        idf: officially of all images that are evaluated; all by the counter of `captions` and `references`.
-
-    Raises:
-        ValueError: the n-grams are of different counters.
+        idf: officially of all images that are evaluated.
     """
-    counters = {caption.counter for caption in captions} | {r.counter for rs in references for r in rs}
-    check_counters(counters | idf.counters)
-
-    def norm(grams: dict[int, int]) -> float:
-        return math.sqrt(sum([(times * times) * idf.squared(gram) for gram, times in grams.items()]))
-
     scores = []
     for caption, own in zip(captions, references, strict=True):
-        norms = list(map(norm, caption.counts))
+        norms = idf.norms(caption)
         score = 0.0
         for reference in own:
-            similarity = 0.0
-            for grams, others, grams_norm in zip(caption.counts, reference.counts, norms, strict=True):
-                others_norm = norm(others)
-                if grams_norm and others_norm:
-                    products = [
-                        min(times, others[gram]) * others[gram] * idf.squared(gram)
-                        for gram, times in grams.items()
-                        if gram in others
-                    ]
-                    similarity += sum(products) / (grams_norm * others_norm)
-            delta = max(caption.length - 1, 0) - max(reference.length - 1, 0)  # in bigrams
-            score += similarity * math.exp(-(delta**2) / (2 * SIGMA**2))
+            score += _similarity(caption, norms, reference, idf.norms(reference), idf)
         scores.append(10 * score / ORDERS / len(own))
     return scores
+
+
+def mutual_cider_d(captions: Sequence[Ngrams], idf: InverseDocumentFrequencies) -> list[list[float]]:
+    """`cider_d` of each caption against each as its only reference: [caption][reference], 0 to 10."""
+    norms = list(map(idf.norms, captions))
+    return [
+        [
+            10 * _similarity(caption, own, reference, others, idf) / ORDERS
+            for reference, others in zip(captions, norms, strict=True)
+        ]
+        for caption, own in zip(captions, norms, strict=True)
+    ]
+
+
+def _similarity(
+    caption: Ngrams,
+    norms: Sequence[float],
+    reference: Ngrams,
+    reference_norms: Sequence[float],
+    idf: InverseDocumentFrequencies,
+) -> float:
+    """The sum over n of the formula above, times the penalty for another length."""
+    similarity = 0.0
+    for grams, others, norm, other_norm in zip(caption.counts, reference.counts, norms, reference_norms, strict=True):
+        if norm and other_norm:
+            products = [
+                min(times, others[gram]) * others[gram] * idf.squared(gram)
+                for gram, times in grams.items()
+                if gram in others
+            ]
+            similarity += sum(products) / (norm * other_norm)
+    delta = max(caption.length - 1, 0) - max(reference.length - 1, 0)  # in bigrams
+    return similarity * math.exp(-(delta**2) / (2 * SIGMA**2))

@@ -38,7 +38,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 
 from captioning.scores.bleu import bleu_of
-from captioning.scores.ngrams import ORDERS, NgramCounter, Ngrams
+from captioning.scores.ngrams import ORDERS, Ngrams, count
 from captioning.scores.words import ENGLISH, choose
 
 NAMES = {
@@ -169,8 +169,7 @@ def self_bleu(captions: Sequence[str]) -> float:
     """
     if len(captions) < 2:
         return 0.0
-    counter = NgramCounter()
-    counted = list(map(counter.count, captions))
+    counted = list(map(count, captions))
     highest: list[dict[int, tuple[int, int]]] = [{} for _ in range(ORDERS)]
     for ngrams in counted:
         for table, counts in zip(highest, ngrams.counts, strict=True):

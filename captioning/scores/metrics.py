@@ -21,10 +21,9 @@ from functools import cache
 from typing import Any, Literal, overload
 
 from captioning import InputError
-from captioning.scores import bleu
-from captioning.scores.cider import InverseDocumentFrequencies, cider_d
+from captioning.scores import bleu, ngrams
+from captioning.scores.cider import InverseDocumentFrequencies, cider_d, document_frequencies
 from captioning.scores.names import ROUGE_KEYS
-from captioning.scores.ngrams import NgramCounter
 from captioning.scores.rouge import rouge_l, rouge_score
 from captioning.scores.signature import signature_of
 from captioning.scores.words import ENGLISH, Words, choose
@@ -165,15 +164,14 @@ def evaluate(
     tokens = [token_of[i] for i in ids]
     flat = iter(words.tokenize([caption for captions in references.values() for caption in captions]))
     reference_tokens = [[next(flat) for _ in captions] for captions in references.values()]
-    counter = NgramCounter()
-    ngrams = list(map(counter.count, tokens))
-    reference_ngrams = [list(map(counter.count, captions)) for captions in reference_tokens]
+    said = list(map(ngrams.count, tokens))
+    written = [list(map(ngrams.count, captions)) for captions in reference_tokens]
 
-    statistics = bleu.statistics(ngrams, reference_ngrams)
+    statistics = bleu.statistics(said, written)
     bleus = list(map(bleu.bleu_of, statistics))
     each: dict[str, list[float]] = {f"bleu_{n + 1}": [row[n] for row in bleus] for n in range(4)}
     each["rouge_l"] = list(map(rouge_l, tokens, reference_tokens))
-    each["cider_d"] = cider_d(ngrams, reference_ngrams, InverseDocumentFrequencies(reference_ngrams))
+    each["cider_d"] = cider_d(said, written, InverseDocumentFrequencies(*document_frequencies(written)))
     if rouge:
         rows = [rouge_score(predictions[i], references[i], words.split) for i in ids]
         each |= {key: [row[k] for row in rows] for k, key in enumerate(ROUGE_KEYS)}

@@ -1,56 +1,60 @@
-"""The n-grams of tokenised captions, n = 1..4, which BLEU and CIDEr-D compare."""
+"""The n-grams of tokenised captions, n = 1..4, which BLEU and CIDEr-D compare.
+
+Every word has a number, the same in the whole process. An n-gram is one integer with the numbers of its words as
+digits: unlike a tuple of strings it is quick to make and to hash, and it is no work for the garbage collector. So the
+n-grams of any two captions can be compared, wherever they were counted. The numbers mean nothing in another process or
+in a file: there, n-grams are texts (`spelt`).
+"""
 
 from __future__ import annotations
 
-from collections import Counter, defaultdict
-from itertools import count
+import itertools
+from collections import Counter
+from collections.abc import Iterable
 from typing import NamedTuple
 
 ORDERS = 4  # n = 1..4
+BITS = 32  # of a digit: no memory holds so many different words
+
+_numbers: dict[str, int] = {}
+_next = itertools.count(1)
 
 
 class Ngrams(NamedTuple):
-    """The n-grams of one caption. Compare them with those of the same counter only."""
+    """The n-grams of one caption."""
 
     length: int  # words
     counts: list[dict[int, int]]  # {1-gram: how often}, ..., {4-gram: how often}, in the caption's order
-    counter: NgramCounter
 
 
-class NgramCounter:
-    """Counts n-grams.
+def count(caption: str) -> Ngrams:
+    """The n-grams of a tokenised caption, whose words are separated by white space."""
+    words = [_numbers.get(word) or _numbered(word) for word in caption.split()]
+    grams, counts = words, [_count(words)]
+    for n in range(1, ORDERS):
+        grams = [gram << BITS | word for gram, word in zip(grams, words[n:], strict=False)]
+        counts.append(_count(grams))
+    return Ngrams(len(words), counts)
 
-    The counter numbers every word that it meets. An n-gram is one integer with the numbers of its words as digits:
-    unlike a tuple of strings it is quick to make and to hash, and it is no work for the garbage collector. Therefore
-    n-grams of two counters must not be compared, and `check_counters` refuses to.
-    """
 
-    BITS = 32  # of a digit: no memory holds so many different words
+def spelt(grams: Iterable[int]) -> list[str]:
+    """Each n-gram as a text, its words separated by spaces."""
+    words = {number: word for word, number in _numbers.items()}
+    texts = []
+    for gram in grams:
+        own = []
+        while gram:
+            own.append(words[gram & (1 << BITS) - 1])
+            gram >>= BITS
+        texts.append(" ".join(reversed(own)))
+    return texts
 
-    def __init__(self) -> None:
-        self._number: defaultdict[str, int] = defaultdict(count(1).__next__)
 
-    def count(self, caption: str) -> Ngrams:
-        """The n-grams of a tokenised caption, whose words are separated by white space."""
-        words = [self._number[word] for word in caption.split()]
-        grams, counts = words, [_count(words)]
-        for n in range(1, ORDERS):
-            grams = [gram << self.BITS | word for gram, word in zip(grams, words[n:], strict=False)]
-            counts.append(_count(grams))
-        return Ngrams(len(words), counts, self)
+def _numbered(word: str) -> int:
+    return _numbers.setdefault(word, next(_next))  # of two threads that meet it at once, one gives its number
 
 
 def _count(grams: list[int]) -> dict[int, int]:
     """{n-gram: how often}. `Counter` is slow to make, and few captions repeat anything."""
     counts = dict.fromkeys(grams, 1)
     return counts if len(counts) == len(grams) else Counter(grams)
-
-
-def check_counters(counters: set[NgramCounter]) -> None:
-    """Refuse to compare the n-grams of several counters, where equal numbers can mean different words.
-
-    Raises:
-        ValueError: there is more than one counter.
-    """
-    if len(counters) > 1:
-        raise ValueError("These n-grams are of different counters: count all captions with one NgramCounter.")

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from captioning.scores.cider import InverseDocumentFrequencies, cider_d
-from captioning.scores.ngrams import NgramCounter, Ngrams
+from captioning.scores.cider import InverseDocumentFrequencies, cider_d, document_frequencies
+from captioning.scores.ngrams import Ngrams, count
 from captioning.scores.words import choose
 
 END = " </s>"  # no word of any caption: the tokenizer would split it
@@ -27,8 +27,7 @@ class CiderReward:
         self._words = choose(every)  # as in the evaluation
         tokenized = iter(self._words.tokenize(every))
         self._references = {i: [next(tokenized) + END for _ in captions] for i, captions in references.items()}
-        self._counter = NgramCounter()
-        self._idf = InverseDocumentFrequencies(map(self._count, self._references.values()))
+        self._idf = InverseDocumentFrequencies(*document_frequencies(map(_counted, self._references.values())))
 
     def __call__(self, image_ids: Sequence[int], captions: Sequence[str], ended: Sequence[bool]) -> list[float]:
         """
@@ -41,8 +40,9 @@ class CiderReward:
             CIDEr-D of each caption, 0 to 10.
         """
         texts = [text + END * end for text, end in zip(self._words.tokenize(captions), ended, strict=True)]
-        references = {i: self._count(self._references[i]) for i in set(image_ids)}
-        return cider_d(self._count(texts), [references[i] for i in image_ids], self._idf)
+        references = {i: _counted(self._references[i]) for i in set(image_ids)}
+        return cider_d(_counted(texts), [references[i] for i in image_ids], self._idf)
 
-    def _count(self, captions: Sequence[str]) -> list[Ngrams]:
-        return list(map(self._counter.count, captions))
+
+def _counted(captions: Sequence[str]) -> list[Ngrams]:
+    return list(map(count, captions))
