@@ -82,11 +82,11 @@ def serve(args: Arguments) -> int:
 
     serve.check_gradio()
     token = args.token or os.environ.get("CAPTIONING_TOKEN") or None
-    http.Access(args.host, token)  # refused before the model is loaded
+    access = http.Access(args.host, token)  # refused before the model is loaded
     bundle = load_exported(args) if args.exported else load_model(args)
     alternatives = args.alternatives if args.alternatives > 1 else 0
     calibration = load_calibration(args)
-    serve.serve(bundle, args.host, args.port, alternatives, args.explain_layers, token, calibration)
+    serve.serve(bundle, access, args.port, alternatives, args.explain_layers, calibration)
     return 0
 
 

@@ -7,21 +7,24 @@
 
 Needs FastAPI, which Gradio brings. The model does one thing at a time. Whoever comes waits in a short queue. Where it
 is full, the answer is 503 at once, so that memory stays flat. A body has a size and a time within which it has to
-arrive, and while it arrives nobody else waits for it.
+arrive, and while it arrives nobody else waits for it. A client that still sends when it is refused gets its answer all
+the same.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import hmac
 import html
 import json
 import re
 import time
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, TypeAlias
 from urllib.parse import parse_qs, urlsplit
 
 from captioning import InputError, cli
@@ -29,6 +32,10 @@ from captioning.data import images
 from captioning.data.fetch import FetchError
 from captioning.show.guard import LOOPBACK, Guard
 
+Receive: TypeAlias = Callable[[], Awaitable[Any]]  # of ASGI
+Send: TypeAlias = Callable[[Any], Awaitable[None]]
+KEEP_ALIVE = 75  # seconds; longer than proxies and clients keep a connection that is idle, so that they close it
+MOST_DROPPED = 5  # times the most bytes of a body: what is read of a request that is refused already
 MOST_BEAMS, MOST_TOKENS, MOST_ALTERNATIVES = 10, 200, 10  # that a request may ask for
 
 
@@ -36,8 +43,10 @@ MOST_BEAMS, MOST_TOKENS, MOST_ALTERNATIVES = 10, 200, 10  # that a request may a
 class Limits:
     """What a service takes on at once."""
 
+    head_seconds: float = 30.0  # for the head of a request to arrive
     body_bytes: int = 20_000_000  # of one request
-    body_seconds: float = 30.0  # for its last byte to arrive
+    body_seconds: float = 30.0  # for its last byte to arrive, and a second more for each `body_rate` bytes
+    body_rate: int = 100_000
     bodies: int = 64  # that arrive at once; they lie on disk
     waiting: int = 32  # images that wait for the model
     wait_seconds: float = 30.0  # for the model to be free
@@ -121,6 +130,12 @@ class Queue:
     def __init__(self, limits: Limits):
         self.limits, self.waiting = limits, 0
         self.turn = asyncio.Semaphore(1)
+        self.thread = ThreadPoolExecutor(1, "model")  # of its own: slow fetches hold those that all share
+
+    def refuse_if_full(self) -> None:
+        """Raise Refused where no more may wait."""
+        if self.waiting >= self.limits.waiting:
+            raise Refused(503, "too many images wait already; try again in a few seconds")
 
     async def run(self, work: Callable[[], Any], gone: Callable[[], Awaitable[bool]]) -> Any:
         """The result of `work`, done in a thread.
@@ -131,8 +146,7 @@ class Queue:
         Raises:
             Refused: too many wait, or the wait was too long.
         """
-        if self.waiting >= self.limits.waiting:
-            raise Refused(503, "too many images wait already; try again in a few seconds")
+        self.refuse_if_full()
         self.waiting += 1
         try:
             await asyncio.wait_for(self.turn.acquire(), self.limits.wait_seconds)
@@ -143,7 +157,7 @@ class Queue:
         try:
             if await gone():
                 raise Refused(499, "the client has left")
-            return await asyncio.to_thread(work)
+            return await asyncio.get_running_loop().run_in_executor(self.thread, work)
         finally:
             self.turn.release()
 
@@ -155,13 +169,15 @@ def make_app(captioner: Any, limits: Limits | None = None, public: bool = False)
         captioner: `serve.Captioner`.
         public: fetch from the internet only, not from this machine or local networks: others may ask.
     """
-    from fastapi import FastAPI, Request
+    from fastapi import FastAPI, HTTPException, Request
     from fastapi.responses import HTMLResponse, JSONResponse
+    from starlette.requests import ClientDisconnect
 
     limits = limits or Limits()
     app = FastAPI(title="Image captioner", version="1", docs_url=None, redoc_url=None, openapi_url="/openapi.json")
     queue, began = Queue(limits), time.time()
     bodies, fetches = asyncio.Semaphore(limits.bodies), asyncio.Semaphore(limits.fetches)
+    fetchers = ThreadPoolExecutor(limits.fetches, "fetch")
 
     async def given(request: Request) -> tuple[Any, Options]:
         """What is to be captioned, an upload or an address, and how."""
@@ -187,21 +203,17 @@ def make_app(captioner: Any, limits: Limits | None = None, public: bool = False)
         """The caption of an image that is uploaded, or that lies at an http(s) address."""
         upload: Any = None
         try:
+            queue.refuse_if_full()  # at once, before the upload
             if bodies.locked():
-                # A client that still writes would see a broken connection in place of the answer.
-                with contextlib.suppress(TimeoutError):
-                    await asyncio.wait_for(_discarded(request), limits.body_seconds)
                 raise Refused(503, "too many uploads at once; try again in a few seconds")
             async with bodies:
-                try:
-                    source, options = await asyncio.wait_for(given(request), limits.body_seconds)
-                except TimeoutError:
-                    raise Refused(408, f"the request did not arrive within {limits.body_seconds:g} seconds") from None
+                source, options = await given(request)
                 if isinstance(source, str):
                     if fetches.locked():
                         raise Refused(503, "too many addresses are fetched at once; try again in a few seconds")
                     async with fetches:
-                        data = await asyncio.to_thread(images.read_bytes, source, public=public)
+                        fetch = functools.partial(images.read_bytes, source, public=public)
+                        data = await asyncio.get_running_loop().run_in_executor(fetchers, fetch)
                     name = source
                 else:
                     upload, name, data = source, source.filename or "the image", None
@@ -214,6 +226,10 @@ def make_app(captioner: Any, limits: Limits | None = None, public: bool = False)
                 return JSONResponse(await queue.run(work, request.is_disconnected))
         except Refused as error:
             return _refusal(error.status, error.message)
+        except ClientDisconnect:
+            return _refusal(499, "the client has left")
+        except HTTPException as error:  # the form is none
+            return _refusal(error.status_code, str(error.detail).rstrip("."))
         except FetchError as error:
             return _refusal(502, str(error))
         except InputError as error:
@@ -232,12 +248,6 @@ def make_app(captioner: Any, limits: Limits | None = None, public: bool = False)
     app.add_api_route("/health", health, methods=["GET"])
     app.add_api_route("/docs", lambda: HTMLResponse(docs(app.openapi())), methods=["GET"], include_in_schema=False)
     return app
-
-
-async def _discarded(request: Any) -> None:
-    """Read a body and keep nothing of it."""
-    async for _ in request.stream():
-        pass
 
 
 def _address(url: Any) -> str:
@@ -262,35 +272,115 @@ def guarded(app: Any, access: Access, limits: Limits | None = None) -> Callable[
 
     * Other origins and rebound names get no answer, see `guard.Guard`. There are no CORS headers.
     * Where a token was chosen, it has to come along.
-    * A body of more than `limits.body_bytes` is cut off.
+    * A body that is too large or comes too slowly is cut off, see `Exchange`.
     """
-    most = (limits or Limits()).body_bytes
+    limits = limits or Limits()
 
-    async def guard(scope: Any, receive: Any, send: Any) -> None:
+    async def guard(scope: Any, receive: Receive, send: Send) -> None:
         if scope["type"] not in ("http", "websocket"):
             await app(scope, receive, send)
             return
         headers = {name.decode("latin-1").lower(): value.decode("latin-1") for name, value in scope["headers"]}
         refusal = _who(scope, headers, access)
-        length = headers.get("content-length", "0")
-        if refusal is None and (not length.isdecimal() or int(length[:18]) > most):
-            refusal = (413, f"the request is larger than {most:,} bytes; make the image smaller")
-        if refusal is not None:
-            await _answer(scope, send, *refusal)
+        if scope["type"] == "websocket":
+            if refusal is None:
+                await app(scope, receive, send)
+            else:
+                await send({"type": "websocket.close", "code": 1008})
             return
-        arrived = 0
-
-        async def limited() -> Any:
-            nonlocal arrived
-            message = await receive()
-            arrived += len(message.get("body") or b"")
-            if scope["type"] == "http" and arrived > most:
-                return {"type": "http.disconnect"}  # a body without a length that does not end
-            return message
-
-        await app(scope, limited, send)
+        exchange = Exchange(headers, receive, send, limits)
+        if refusal is None and exchange.refusal is None:
+            try:
+                await app(scope, exchange.receive, exchange.send)
+            except Exception:
+                if exchange.refusal is None:
+                    raise
+        if refusal := refusal or exchange.refusal:
+            await exchange.refuse(*refusal, access.token or "")
 
     return Guard(guard, access.host)
+
+
+class Exchange:
+    """One request and its answer: how much may arrive, and how fast, and that the answer arrives too.
+
+    An answer may come before its request has ended. Closed at once, the connection breaks while the client still sends,
+    and the client does not see the answer. So the rest is read first, and dropped, with the times of a body and up to
+    `MOST_DROPPED` bodies (RFC 9112, 9.6).
+
+    Args:
+        headers: the request's, with names in lower case.
+
+    Attributes:
+        refusal: (status, message) if the body is refused. The answer of the application is dropped then.
+    """
+
+    def __init__(self, headers: dict[str, str], receive: Receive, send: Send, limits: Limits):
+        self._receive, self._send, self.limits = receive, send, limits
+        self.began, self.arrived, self.answering = time.monotonic(), 0, False  # arrived: bytes since it began
+        length = headers.get("content-length", "0")
+        self.more = "transfer-encoding" in headers or length != "0"
+        self.asked = headers.get("expect", "").lower() != "100-continue"  # or the client waits until it is
+        self.refusal: tuple[int, str] | None = None
+        if not length.isdecimal() or int(length[:18]) > limits.body_bytes:
+            self.refusal = self._too_large()
+
+    def _too_large(self) -> tuple[int, str]:
+        return 413, f"the request is larger than {self.limits.body_bytes:,} bytes; make the image smaller"
+
+    async def receive(self) -> Any:
+        """What ASGI gives; a body that is cut off looks like a client that has left."""
+        self.asked = True
+        if not self.more:
+            return await self._receive()  # that the client has left
+        try:
+            message = await self._next()
+        except TimeoutError:
+            self.refusal = (408, "the request came too slowly; make the image smaller, or try again")
+            return {"type": "http.disconnect"}
+        if self.arrived > self.limits.body_bytes:  # a body without a length
+            self.refusal = self._too_large()
+            return {"type": "http.disconnect"}
+        return message
+
+    async def _next(self) -> Any:
+        """The next piece of the body; TimeoutError where it is late."""
+        seconds = self.limits.body_seconds + self.arrived / self.limits.body_rate
+        async with asyncio.timeout(self.began + seconds - time.monotonic()):
+            message = await self._receive()
+        self.more = message.get("more_body", False)
+        self.arrived += len(message.get("body", b""))
+        return message
+
+    async def send(self, message: Any) -> None:
+        """Answer, and read what is left of the request before the answer ends."""
+        if self.refusal and not self.answering:
+            return
+        self.answering = True
+        if message["type"] == "http.response.body" and not message.get("more_body") and self.more and self.asked:
+            await self._send({**message, "more_body": True})
+            self.began, self.arrived = time.monotonic(), 0
+            with contextlib.suppress(TimeoutError):
+                while self.more and self.arrived < MOST_DROPPED * self.limits.body_bytes:
+                    await self._next()
+            message = {"type": "http.response.body", "body": b""}
+        await self._send(message)
+
+    async def refuse(self, status: int, message: str, token: str) -> None:
+        """Answer in the place of the application, or (303) keep the token of the address in a cookie and go there."""
+        if self.answering:
+            return
+        body = b"" if status == 303 else json.dumps({"error": f"{message[:1].upper()}{message[1:]}."}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", b"%d" % len(body))]
+        headers.append((b"connection", b"close"))
+        if status == 303:
+            cookie = f"token={token}; Path=/; HttpOnly; SameSite=Strict"
+            headers += [(b"location", message.encode()), (b"set-cookie", cookie.encode())]
+        if status == 401:
+            headers.append((b"www-authenticate", b"Bearer"))
+        self.answering = True
+        await self.send({"type": "http.response.start", "status": status, "headers": headers})
+        await self.send({"type": "http.response.body", "body": body})
 
 
 def _who(scope: Any, headers: dict[str, str], access: Access) -> tuple[int, str] | None:
@@ -303,26 +393,48 @@ def _who(scope: Any, headers: dict[str, str], access: Access) -> tuple[int, str]
     wanted = access.token.encode()
     if any(hmac.compare_digest(one.encode(), wanted) for one in given):
         return None
-    if scope["path"] == "/" and any(hmac.compare_digest(one.encode(), wanted) for one in asked):
+    # A plus sign that was typed as it is reads as a space, which no token has.
+    if scope["path"] == "/" and any(hmac.compare_digest(one.replace(" ", "+").encode(), wanted) for one in asked):
         return 303, "/"
     return 401, "send the token of this service: Authorization: Bearer ..., or open /?token=... in a browser"
 
 
-async def _answer(scope: Any, send: Any, status: int, message: str) -> None:
-    """Refuse, or (303) keep the token of the address in a cookie and go on without it."""
-    if scope["type"] == "websocket":
-        await send({"type": "websocket.close", "code": 1008})
-        return
-    headers = [(b"content-type", b"application/json"), (b"connection", b"close")]
-    if status == 303:
-        token = parse_qs(scope["query_string"].decode("latin-1"))["token"][0]
-        cookie = f"token={token}; Path=/; HttpOnly; SameSite=Strict"
-        headers += [(b"location", message.encode()), (b"set-cookie", cookie.encode())]
-    if status == 401:
-        headers.append((b"www-authenticate", b"Bearer"))
-    body = b"" if status == 303 else json.dumps({"error": f"{message[:1].upper()}{message[1:]}."}).encode()
-    await send({"type": "http.response.start", "status": status, "headers": headers})
-    await send({"type": "http.response.body", "body": body})
+def make_server(app: Any, limits: Limits | None = None, **settings: Any) -> Any:
+    """A `uvicorn.Server` for a guarded application; it also closes connections on which no request comes.
+
+    Args:
+        settings: others of `uvicorn.Config`.
+    """
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    seconds = (limits or Limits()).head_seconds
+
+    class Protocol(H11Protocol):
+        head: asyncio.TimerHandle | None = None  # until when the head of the next request has to be there
+
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.head = self.loop.call_later(seconds, self.close)
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            if self.cycle is not None and not self.cycle.response_complete:
+                if self.head:
+                    self.head.cancel()
+                self.head = None
+            elif self.head is None:
+                self.head = self.loop.call_later(seconds, self.close)
+
+        def close(self) -> None:
+            upgraded = self.transport.get_protocol() is not self  # to a websocket
+            if not upgraded and (self.cycle is None or self.cycle.response_complete):
+                self.transport.close()
+
+    config = uvicorn.Config(
+        app, http=Protocol, log_level="error", access_log=False, timeout_keep_alive=KEEP_ALIVE, **settings
+    )
+    return uvicorn.Server(config)
 
 
 # ---- what /docs says

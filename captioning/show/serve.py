@@ -12,6 +12,7 @@ import base64
 import contextlib
 import dataclasses
 import html
+import importlib.util
 import io
 import os
 import re
@@ -342,7 +343,7 @@ def make_page(captioner: Captioner):
         explanation = gradio.HTML(elem_id="explanation")
 
         # One limit for all: the model does one thing at a time, and the queue shows who waits.
-        rules = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
+        rules: dict[str, Any] = {"concurrency_limit": 1, "concurrency_id": "model", "api_visibility": "private"}
         shows = [message, picture, caption, sure, alternatives, explanation]
         more = list(fields.values())
 
@@ -366,14 +367,15 @@ def make_page(captioner: Captioner):
 
 
 def check_gradio() -> None:
-    """Raise InputError where Gradio is not installed; at once, before a model is loaded."""
-    try:
-        import gradio  # noqa: F401 (is it there?)
-    except ImportError:
-        raise InputError("--serve needs Gradio, which is not installed: pip install gradio") from None
+    """Raise InputError where Gradio is not installed; at once, before a model is loaded.
+
+    It is not imported yet: that takes seconds, and reads settings that `serve` makes first.
+    """
+    if importlib.util.find_spec("gradio") is None:
+        raise InputError("--serve needs Gradio, which is not installed: pip install gradio")
 
 
-def make_server(captioner: Captioner, access: http.Access, port: int, limits: http.Limits | None = None) -> Any:
+def make_app(captioner: Captioner, access: http.Access, port: int, limits: http.Limits | None = None) -> Any:
     """The page and `POST /caption` behind their guard, as an ASGI application."""
     import gradio
 
@@ -405,7 +407,7 @@ def listen(host: str, port: int) -> socket.socket:
         made = socket.socket(family, kind)
         made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         made.bind(address)
-        made.listen(512)
+        made.listen(2048)
     except OSError as error:
         raise InputError(f"--port {port} on --host {host} cannot be listened on; name another ({error})") from None
     return made
@@ -413,36 +415,29 @@ def listen(host: str, port: int) -> socket.socket:
 
 def serve(
     bundle: Bundle | OnnxBundle,
-    host: str,
+    access: http.Access,
     port: int,
     alternatives: int = 0,
     layers: Sequence[int] | None = None,
-    token: str | None = None,
     calibration: Calibration | None = None,
 ) -> None:
     """Serve the page and `POST /caption` until Ctrl-C.
 
     Raises:
-        InputError: Gradio is missing, or the address cannot be listened on, or others could come without a token.
+        InputError: the address cannot be listened on.
     """
-    access = http.Access(host, token)
     with tempfile.TemporaryDirectory(prefix="captioning-") as folder:
+        # Before Gradio is imported, which reads them.
         os.environ["GRADIO_TEMP_DIR"] = folder  # uploads; gone when the page is
         os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
-        check_gradio()
-        import uvicorn
-
         captioner = Captioner(bundle, alternatives, layers, not access.local, calibration)
-        with listen(host, port) as listening:
-            app = make_server(captioner, access, port)
-            config = uvicorn.Config(
-                app, log_level="error", access_log=False, timeout_keep_alive=5, timeout_graceful_shutdown=2
-            )
-            name = f"[{host}]" if ":" in host else host
+        with listen(access.host, port) as listening:
+            server = http.make_server(make_app(captioner, access, port), timeout_graceful_shutdown=2)
+            name = f"[{access.host}]" if ":" in access.host else access.host
             if not access.local:
                 cli.note(
                     "whoever has the token can use the page; for them it fetches from the internet only, not from this "
                     "machine or local networks"
                 )
             cli.note(f"listening on http://{name}:{port}, also for POST /caption (see /docs); Ctrl-C ends it")
-            uvicorn.Server(config).run(sockets=[listening])
+            server.run(sockets=[listening])
