@@ -68,7 +68,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
 
     from captioning.data.fingerprint import fingerprint
     from captioning.data.folder import in_parts, load_prepared
-    from captioning.model import captioner, parts
+    from captioning.model import captioner, lora, parts
     from captioning.model import weights as stored_weights
     from captioning.scores import bootstrap, monotony
     from captioning.show import run_folder, tables, trackers
@@ -100,6 +100,9 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
     length = arguments.length(training, len(splits["train"]))
     frozen = length.updates(max(args.freeze_encoder, args.cross_attention_epochs)) >= length.total
     configure(bundle.model, args, training, frozen)
+    weights = stored_weights.fingerprint(bundle.model.state_dict())
+    if args.lora:
+        new |= lora.add(bundle.model, args.lora)
     limit_length(bundle, splits, training.generation_max_length, args.data, names["decoder"], say)
     if not new and training.learning_rate != arguments.DEFAULTS["learning_rate"]:
         raise InputError(
@@ -123,7 +126,6 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
             cache_features(bundle, datasets, args.augment, training, say)
 
     # Training
-    weights = stored_weights.fingerprint(bundle.model)
     trainer = make_trainer(bundle, datasets, rates, args, training, description["source"], say)
     checkpoint = args.checkpoint()
     if checkpoint:
@@ -138,6 +140,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
     notes.move("training", "evaluations", trainer.throughput.evaluated)
     if trainer.throughput.images:
         say(trainer.throughput.line(seconds, training.world_size, training.device))
+    lora.merge(bundle.model)
     if trainer.is_world_process_zero():
         captioner.save(bundle, args.output_dir)  # before any evaluation in half precision rounds the weights
 
@@ -180,7 +183,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
                 fingerprints={
                     "data": {name: fingerprint(split) for name, split in splits.items()},
                     "weights_before": weights,
-                    "weights_after": stored_weights.fingerprint(kept_bundle.model),
+                    "weights_after": stored_weights.fingerprint(kept_bundle.model.state_dict()),
                 },
             ),
             versions=record.versions(),
@@ -233,6 +236,11 @@ def open_captioner(
         parts.refuse_small_images(of_data, bundle.image_processor, args.data, args.model_path, args.model_path)
         return bundle, set(), captioner.names_of(args.model_path)
     names = {part: getattr(args, part) or description[part] for part in ("encoder", "decoder")}
+    if args.lora and names["decoder"] in parts.DECODER_PRESETS:
+        raise InputError(
+            f"--lora adapts a decoder that has learnt already, and --decoder '{names['decoder']}' starts from random "
+            "weights; name a pretrained one, or leave --lora out"
+        )
     tokenizer = parts.load_tokenizer(folder, "--data_path")
     image_processor = of_data
     if names["encoder"] != description["encoder"]:
@@ -318,6 +326,7 @@ def learning_rates(
     """By part: its own flag, else the base rate where it starts from random weights, else a gentle one."""
     from captioning.model.captioner import PARTS, part_of
 
+    # Adapters start from random weights too.
     gentle = {"encoder": 2e-5, "decoder": 1e-4, "cross_attention": 1e-4}
     fresh = {part_of(name) for name, _ in model.named_parameters() if name in new}
     return {part: getattr(args, f"{part}_lr") or (base if part in fresh else gentle[part]) for part in PARTS}

@@ -249,6 +249,9 @@ REFUSED: dict[str, Row] = {
     "features of a moving encoder": ("train", flags("--cache_features"), "--cache_features needs --freeze_encoder"),
     "self-critical and no rate": ("train", flags("--self_critical_lr=0"), "--self_critical_lr 0 is not above 0"),
     "all of the decoder dropped": ("train", flags("--dropout=1"), "--dropout 1 is not between 0 and 1"),
+    "adapters of rank 0": ("train", flags("--lora=0"), "--lora 0 is below 1, the lowest rank of a matrix"),
+    "adapters of a rank below 0": ("train", flags("--lora=-1"), "--lora -1 is below 1"),
+    "adapters of a rank that is no number": ("train", flags("--lora=x"), "argument --lora: invalid int value: 'x'"),
     "frozen for less than no time": ("train", flags("--freeze_encoder=-1"), "--freeze_encoder -1 is below 0"),
     "evaluations and checkpoints apart": (
         "train",

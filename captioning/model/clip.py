@@ -54,7 +54,7 @@ class Clip:
         self.longest = config.text_config.max_position_embeddings
         self.device = device
         self.dimensions = config.projection_dim
-        digest = hashlib.sha256(fingerprint(self.model).encode())
+        digest = hashlib.sha256(fingerprint(self.model.state_dict()).encode())
         digest.update(repr(sorted(self.pixels.image_processor.to_dict().items(), key=str)).encode())
         digest.update(repr(self.tokenizer("A photo depicts a dog.")["input_ids"]).encode())
         self.file = cache / f"{digest.hexdigest()[:20]}.npz"

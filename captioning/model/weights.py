@@ -18,7 +18,7 @@ import re
 import shutil
 import tempfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -121,10 +121,10 @@ def _blank(kind: Any, config: Any, what: str) -> Any:
         raise InputError(f"{what} has a config.json that no model can be built of: {reason[:300]}") from None
 
 
-def fingerprint(model: torch.nn.Module) -> str:
-    """The first 16 hexadecimal digits of a SHA-256 of all tensors of a model, in the order of their names."""
+def fingerprint(tensors: Mapping[str, torch.Tensor]) -> str:
+    """The first 16 hexadecimal digits of a SHA-256 of tensors, such as a model's, in the order of their names."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
+    for name, tensor in sorted(tensors.items()):
         digest.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()[:16]

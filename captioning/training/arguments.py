@@ -86,6 +86,13 @@ class Arguments:
         "with --augment: mirror images too, unless a caption says left or right in one of the languages that "
         "captioning/training/directions.py lists; --no-mirror for others",
     )
+    lora: int | None = flag(
+        None,
+        MODEL,
+        "of the decoder train adapters of this rank and the cross-attention only; at the end they are merged (pip "
+        "install peft; default: train all of it)",
+        metavar="RANK",
+    )
     dropout: float | None = flag(None, MODEL, "of the decoder (default: its own, 0.1 for GPT-2)", metavar="RATE")
 
     encoder_lr: float | None = flag(None, RATES, "of the encoder when it is pretrained (default: 2e-5)", metavar="RATE")
@@ -138,6 +145,10 @@ class Arguments:
             value = getattr(self, name)
             if value is not None and not 0 < value < math.inf:
                 raise InputError(f"--{name} {value:g} is not above 0 and finite")
+        if self.lora is not None and self.lora < 1:
+            raise InputError(f"--lora {self.lora} is below 1, the lowest rank of a matrix")
+        if self.lora and importlib.util.find_spec("peft") is None:
+            raise InputError("--lora needs peft, which is not installed: pip install peft")
         if self.dropout is not None and not 0 <= self.dropout < 1:
             raise InputError(f"--dropout {self.dropout:g} is not between 0 and 1")
         if self.patience is not None and self.patience < 1:
@@ -196,7 +207,7 @@ class Arguments:
 
         Those that had no effect are left out.
         """
-        told = ["model_path", "cross_attention_epochs", "cache_features", "augment", "dropout", "packing"]
+        told = ["model_path", "cross_attention_epochs", "cache_features", "augment", "lora", "dropout", "packing"]
         told += ["self_critical_epochs", "patience"]
         told += ["mirror"] if self.augment else []
         told += ["self_critical_lr"] if self.self_critical_epochs else []
@@ -363,6 +374,8 @@ def training_arguments(args: Arguments, rest: Sequence[str]) -> Seq2SeqTrainingA
         raise InputError(f"'{unused[0]}' belongs to no flag")
     precision.refuse_float16(training, wish)
     flags.check(training, given)
+    if args.lora and (training.activation_checkpointing_kwargs or {}).get("use_reentrant"):
+        raise InputError("--lora cannot learn with use_reentrant, which lets no gradient pass by frozen embeddings")
     if args.patience and training.eval_strategy == "no":
         raise InputError("--patience needs evaluations: leave it or --eval_strategy no out")
     for option, name in (("--eval_steps", "eval_strategy"), ("--save_steps", "save_strategy")):

@@ -33,9 +33,10 @@ from transformers.trainer_callback import ExportableState
 from captioning import InputError
 from captioning.files import read_json
 from captioning.foreign import Check, check, either, flag, list_of, null, number, object_of, shown, text, whole
+from captioning.model import lora
 from captioning.model.limits import check_files
 from captioning.model.parts import literal, read_config, refusing
-from captioning.model.weights import load_weights
+from captioning.model.weights import fingerprint, load_weights
 from captioning.training import precision
 from captioning.training.resilience import (
     STATE,
@@ -163,7 +164,8 @@ class ResumableTrainer(Seq2SeqTrainer):
         for name, now in self.resumed.recipe.items():
             before = saved.get(name, now)
             if before != now:
-                what = "other data" if name == "data" else f"other parts being trained ({before}, now {now})"
+                of = {"data": "other data", "base": "another decoder under its adapters"}
+                what = of.get(name) or f"other parts being trained ({before}, now {now})"
                 raise InputError(
                     f"'{checkpoint}' is of a run with {what}, and a run goes on as it began; start a new one from it "
                     f"with --model_path '{checkpoint}' and another --output_dir"
@@ -288,7 +290,7 @@ class ResumableTrainer(Seq2SeqTrainer):
         saved, _ = load_weights(VisionEncoderDecoderModel, Path(checkpoint), config, what)
         assert self.model is not None
         with refusing(literal(what) + " is not one of this training ({reason}); name another"):
-            self.model.load_state_dict(saved.state_dict())
+            lora.restore(self.model, saved.state_dict(), Path(checkpoint))
 
     def _load_optimizer_and_scheduler(self, checkpoint):
         with refusing(_unfit(checkpoint, "optimizer and schedule")):
@@ -323,12 +325,19 @@ class Resumed(TrainerCallback, ExportableState):
 
     @functools.cached_property
     def recipe(self) -> dict[str, str]:
-        """The data, as a digest of how many tokens each training image has, and the parts that are trained."""
+        """The data, as a digest of how many tokens each training image has, and the parts that are trained.
+
+        Where the decoder learns by adapters, also a digest of what they are added to: a checkpoint does not hold it.
+        """
         trainer = self.trainer
         lengths: list[int] = getattr(trainer.train_dataset, "lengths", list)()
         assert trainer.model is not None
         parts = {name.split(".")[0] for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-        return {"data": hashlib.sha256(str(lengths).encode()).hexdigest()[:16], "parts": " and ".join(sorted(parts))}
+        recipe = {"data": hashlib.sha256(str(lengths).encode()).hexdigest()[:16]}
+        if rank := lora.rank_of(trainer.model):
+            parts = {f"decoder by adapters of rank {rank}" if part == "decoder" else part for part in parts}
+            recipe["base"] = fingerprint(lora.base(trainer.model))
+        return {**recipe, "parts": " and ".join(sorted(parts))}
 
     def state(self) -> dict:
         return {"args": {}, "attributes": {**self.recipe, "precision": precision.name_of(self.trainer.args)}}

@@ -10,6 +10,7 @@ import contextlib
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from transformers import EarlyStoppingCallback, get_scheduler, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioning import InputError
+from captioning.model import lora
 from captioning.model.captioner import PARTS, Bundle, part_of
 from captioning.model.generate import decode, generate_tokens
 from captioning.model.packing import IGNORED, LabelledProjection, decoder_mask
@@ -323,10 +325,14 @@ class CaptionTrainer(ResumableTrainer):
             return super().train(*args, **kwargs)
 
     def _save(self, output_dir=None, state_dict=None):
-        """A checkpoint is a run folder too: `inference.py --model_path run/checkpoint-100` works."""
-        super()._save(output_dir, state_dict)
+        """A checkpoint is a run folder too: `inference.py --model_path run/checkpoint-100` works.
+
+        So it holds the weights with their adapters merged, and the adapters beside, to go on from.
+        """
+        super()._save(output_dir, state_dict or lora.merged(self.bundle.model))
         if not self.args.should_save:  # the Trainer calls this in every process: two would write one file at once
             return
+        lora.save(self.bundle.model, Path(output_dir or self.args.output_dir))
         save_tokenizer(self.bundle.tokenizer, output_dir or self.args.output_dir)
         self.bundle.image_processor.save_pretrained(output_dir or self.args.output_dir)
 
