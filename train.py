@@ -354,7 +354,8 @@ def cache_features(
 ) -> None:
     """Give every data set the frozen encoder's output, computed now or earlier, in the place of pixels.
 
-    It is kept with the images, so that each part of a data set has its own.
+    It is kept with the images, so that each part of a data set has its own. Several processes share the work, see
+    `FeatureCache`.
 
     Args:
         variants: of each training image.
@@ -364,15 +365,20 @@ def cache_features(
     bundle.to(training.device)
     say("features: comparing images and encoder with what lies in .features beside the data")
     for name, dataset in datasets.items():
-        with training.main_process_first(desc="features"):
-            asked = range(variants if variants and dataset.augment else 1)
-            of_parts = []
-            for folder, part in dataset.parts():
-                cache = FeatureCache(
-                    bundle, folder / ".features", training.per_device_eval_batch_size, say, precision.of(training)
-                )
-                of_parts.append([cache.features(part, name, variant) for variant in asked])
-            dataset.features = [Joined(own) for own in zip(*of_parts, strict=True)]
+        asked = range(variants if variants and dataset.augment else 1)
+        of_parts = []
+        for folder, part in dataset.parts():
+            cache = FeatureCache(
+                bundle,
+                folder / ".features",
+                training.per_device_eval_batch_size,
+                say,
+                precision.of(training),
+                max(1, training.dataloader_num_workers),
+                training.process_index == 0,
+            )
+            of_parts.append([cache.features(part, name, variant) for variant in asked])
+        dataset.features = [Joined(own) for own in zip(*of_parts, strict=True)]
 
 
 def make_trainer(
@@ -391,8 +397,6 @@ def make_trainer(
     from captioning.training.batches import Collator, LengthSampler
     from captioning.training.self_critical import SelfCritical
     from captioning.training.trainer import CaptionTrainer, Patience
-
-    references = {name: d.split.references for name, d in datasets.items()}
 
     @functools.cache
     def names() -> dict[int, str]:
@@ -421,7 +425,7 @@ def make_trainer(
         say(f"padding: {sampler.padding():.1%} of the decoder's positions, sorting within {sampler.window} updates")
     self_critical = None
     if args.self_critical_epochs:
-        reward = CiderReward(references["train"])
+        reward = CiderReward(datasets["train"].split.references)
         self_critical = SelfCritical(
             args.self_critical_epochs,
             reward,
@@ -430,7 +434,7 @@ def make_trainer(
         )
     trainer = CaptionTrainer(
         bundle,
-        references["validation"] | references["test"],
+        datasets["validation"].split.references | datasets["test"].split.references,
         rates,
         {"encoder": max(args.freeze_encoder, args.cross_attention_epochs), "decoder": args.cross_attention_epochs},
         self_critical,

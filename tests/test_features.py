@@ -1,5 +1,9 @@
 """Cached features equal live ones, are never stale, and survive an interruption."""
 
+import contextlib
+import copy
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -34,7 +38,7 @@ def test_cached_features_are_the_live_ones_in_float16(bundle_and_data, tmp_path)
     bundle, dataset = bundle_and_data
     said = []
     cached = compute(bundle, dataset, tmp_path, said)
-    assert cached.dtype == np.float16
+    assert cached[0].dtype == np.float16
     with torch.inference_mode():
         for index in (0, 7, 20):
             pixels = dataset.pixels.normalise(torch.from_numpy(dataset.image(index))[None])
@@ -83,14 +87,35 @@ def test_other_weights_images_or_preprocessing_are_other_files(bundle_and_data, 
     assert len(names) == 4
 
 
+def test_parts_and_their_blocks_are_read_as_one_array():
+    whole = np.arange(11 * 2, dtype=np.float16).reshape(11, 2, 1)
+    blocks = [features.Joined([whole[:4], whole[4:5]]), features.Joined([whole[5:8], whole[8:11]])]
+    assert np.array_equal(features.Joined(blocks), whole)
+
+
+def test_features_of_an_earlier_version_are_used(bundle_and_data, tmp_path):
+    bundle, dataset = bundle_and_data
+    cached, said = np.array(compute(bundle, dataset, tmp_path)), []
+    (block,) = tmp_path.glob("*.npy")
+    block.unlink()
+    np.save(tmp_path / block.name.replace(".000000.", "."), cached)
+    assert np.array_equal(compute(bundle, dataset, tmp_path, said), cached)
+    assert said[0].startswith("features: validation from ") and len(said) == 1
+
+
+def test_the_encoder_is_as_it_was_afterwards(bundle_and_data, tmp_path):
+    bundle, dataset = bundle_and_data
+    compute(bundle, dataset, tmp_path)
+    assert all("forward" not in vars(layer) for layer in bundle.model.encoder.modules())
+
+
 def test_an_interrupted_computation_goes_on_where_it_stopped(bundle_and_data, tmp_path, monkeypatch):
     bundle, dataset = bundle_and_data
-    undisturbed = np.array(compute(bundle, dataset, tmp_path / "undisturbed"))
-    monkeypatch.setattr(features, "SAVE_EVERY", 1)
+    monkeypatch.setattr(features, "BLOCK", 4)
+    undisturbed = compute(bundle, dataset, tmp_path / "undisturbed")
     decode, seen = batches.CaptionDataset.image, []
 
     def interrupted(self, index, variant=0):
-        seen.append(index)
         if index == 13:
             raise KeyboardInterrupt
         return decode(self, index, variant)
@@ -98,8 +123,7 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(bundle_and_data, tm
     monkeypatch.setattr(batches.CaptionDataset, "image", interrupted)
     with pytest.raises(KeyboardInterrupt):
         compute(bundle, dataset, tmp_path / "resumed")
-    assert not list((tmp_path / "resumed").glob("*.npy"))
-    seen.clear()
+    assert len(list((tmp_path / "resumed").glob("*.npy"))) == 3
     monkeypatch.setattr(
         batches.CaptionDataset,
         "image",
@@ -107,8 +131,49 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(bundle_and_data, tm
     )
     resumed = compute(bundle, dataset, tmp_path / "resumed")
     assert np.array_equal(resumed, undisturbed)
-    assert seen == [0, *range(12, 21)], "the first image tells the shape; the others go on after three whole batches"
+    assert seen == [0, *range(12, 21)], "the first image tells the shape; the others go on after three whole blocks"
     assert {path.suffix for path in (tmp_path / "resumed").iterdir()} == {".npy"}
+
+
+def test_processes_share_the_blocks_and_one_that_dies_is_replaced(bundle_and_data, tmp_path, monkeypatch):
+    """Two at work on one folder, a third that stops in the middle: the bytes of one process alone, each block once."""
+    bundle, dataset = bundle_and_data
+    monkeypatch.setattr(features, "BLOCK", 4)
+    alone = compute(bundle, dataset, tmp_path / "alone")
+    begun, encode = threading.Barrier(2), features.FeatureCache.encode
+    made = {"dies": [], "first": [], "second": []}
+
+    def slow(self, images):
+        who = made[threading.current_thread().name]
+        if len(images) > 1 or who:  # not the image that tells the shape
+            if not who and threading.current_thread().name != "dies":
+                begun.wait(60)  # both are in a block of their own
+            who.append(len(images))
+            if threading.current_thread().name == "dies":
+                raise KeyboardInterrupt
+        return encode(self, images)
+
+    monkeypatch.setattr(features.FeatureCache, "encode", slow)
+    found = {}
+
+    def work(name):
+        with contextlib.suppress(KeyboardInterrupt):
+            found[name] = compute(copy.deepcopy(bundle), dataset, tmp_path / "shared")
+
+    dies = threading.Thread(target=work, args=("dies",), name="dies")
+    dies.start()
+    dies.join()
+    both = [threading.Thread(target=work, args=(name,), name=name) for name in ("first", "second")]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert np.array_equal(found["first"], alone) and np.array_equal(found["second"], alone)
+    assert sorted(made["first"] + made["second"]) == [1, 4, 4, 4, 4, 4], "21 images, each of them once"
+    for ours, theirs in zip(
+        sorted((tmp_path / "shared").iterdir()), sorted((tmp_path / "alone").iterdir()), strict=True
+    ):
+        assert ours.name == theirs.name and ours.read_bytes() == theirs.read_bytes()
 
 
 def test_no_room_is_said_before_anything_is_computed(bundle_and_data, tmp_path, monkeypatch):

@@ -629,6 +629,24 @@ def test_processes_stop_when_one_ends(few, tmp_path, ends, code):
         assert runs[2].said().endswith("train.py: error: image 7 of the prepared data cannot be read\n")
 
 
+def sees_no_checkpoint():
+    if os.environ["RANK"] == "1":
+        from captioning.training.arguments import Arguments
+
+        Arguments.checkpoint = lambda self: None
+
+
+def test_processes_that_begin_with_other_checkpoints_are_refused(undisturbed, few, tmp_path):
+    """As two machines do whose --output_dir is a folder of their own."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    step = max(whole_steps(folder))
+    words = arguments(few, folder, "--resume_from_checkpoint=auto")
+    runs = several(2, words, tmp_path / "logs", sees_no_checkpoint)
+    assert [run.wait() for run in runs] == [2, 2], runs[0].said()
+    for run in runs:
+        assert f"process 1 begins with another update than process 0 (0, not {step}); --output_dir has" in run.said()
+
+
 @pytest.mark.slow
 def test_under_a_launcher_a_death_ends_all_and_ctrl_c_leaves_a_checkpoint(few, tmp_path):
     folder = tmp_path / "run"

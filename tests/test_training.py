@@ -27,7 +27,13 @@ from captioning.model.captioner import part_of
 from captioning.model.packing import can_pack, decoder_mask
 from captioning.scores.reward import CiderReward
 from captioning.training import self_critical
-from captioning.training.arguments import length, read, training_argument_types, training_arguments
+from captioning.training.arguments import (
+    length,
+    read,
+    start_missing_processes,
+    training_argument_types,
+    training_arguments,
+)
 from captioning.training.self_critical import SelfCritical
 from captioning.training.trainer import Patience, caption_loss
 
@@ -730,6 +736,48 @@ def test_processes_that_cannot_be_counted_are_refused(few, tmp_path, monkeypatch
     monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
     with pytest.raises(InputError, match="accelerate was asked for several processes and starts one of them on CPUs"):
         train.main(arguments(few, tmp_path / "run"))
+
+
+@pytest.mark.parametrize(
+    ("launcher", "expected"),
+    [
+        ("-m accelerate.commands.launch --cpu --num_processes=2", "--nproc_per_node=2 --standalone"),
+        ("/opt/bin/accelerate launch --cpu --num_processes 3", "--nproc_per_node=3 --standalone"),
+        ("/opt/bin/accelerate-launch --config_file=FILE", "--nproc_per_node=2 --standalone"),
+        (
+            "/opt/bin/accelerate launch --cpu --num_processes=4 --num_machines=2 --machine_rank=1",
+            "--nproc_per_node=2 --nnodes=2 --node_rank=1 --master_addr=10.0.0.1 --master_port=29500",
+        ),
+        ("/opt/bin/accelerate launch --cpu --num_processes=2 sweep.py", None),
+        ("/opt/bin/launch.py --num_processes=2", None),
+        ("", None),
+    ],
+)
+def test_only_the_launcher_of_this_very_process_tells_how_many_there_are(launcher, expected, tmp_path, monkeypatch):
+    """An accelerate further up that launched another script says nothing of this one."""
+    import psutil
+
+    config = {"distributed_type": "MULTI_CPU", "use_cpu": True, "num_machines": 1, "num_processes": 2}
+    (tmp_path / "file.yaml").write_text(json.dumps({"compute_environment": "LOCAL_MACHINE", **config}))
+    words = ["--epochs=1", "--output_dir=a b"]
+    above = [sys.executable, *launcher.replace("FILE", str(tmp_path / "file.yaml")).split()]
+    above += ["train.py"] if "sweep.py" not in launcher else []
+    monkeypatch.setattr(psutil.Process, "cmdline", lambda self: [*above, *words] if self.pid == os.getppid() else [])
+    monkeypatch.setattr(sys, "argv", ["train.py", *words[:1]] if "sweep.py" in launcher else ["train.py", *words])
+    for name in ("RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in {"ACCELERATE_USE_CPU": "true", "MASTER_ADDR": "10.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    started = []
+    monkeypatch.setattr(os, "execv", lambda program, command: started.extend(command))
+    if expected is None:
+        with pytest.raises(InputError, match=r"torchrun --nproc_per_node N train\.py"):
+            start_missing_processes("train.py", None)
+    else:
+        start_missing_processes("train.py", None)
+        assert started == [
+            sys.executable, "-m", "torch.distributed.run", *expected.split(), str(Path("train.py").resolve()), *words,
+        ]  # fmt: skip
 
 
 @pytest.mark.parametrize(

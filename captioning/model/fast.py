@@ -7,7 +7,8 @@ attention and what passes from layer to layer stay in float32. Scores that are t
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,22 +25,41 @@ def prepare(model: torch.nn.Module, dtype: str = "float32") -> bool:
     """
     if not torch.backends.mkldnn.is_available():
         return False
-    for module in model.modules():
-        if isinstance(module, torch.nn.Linear):
-            _replace_forward(module, module.weight, DTYPES[dtype])
-        elif isinstance(module, Conv1D):  # GPT-2's, whose weight is transposed
-            _replace_forward(module, module.weight.t(), DTYPES[dtype])
+    for layer in _linear_layers(model):
+        # GPT-2's Conv1D has the weight transposed.
+        _replace_forward(layer, layer.weight.t() if isinstance(layer, Conv1D) else layer.weight, DTYPES[dtype])
     return True
+
+
+@contextlib.contextmanager
+def prepared(model: torch.nn.Module) -> Iterator[None]:
+    """`prepare` in float32 until the block ends; then the layers are as they were, and can be trained."""
+    prepare(model)
+    try:
+        yield
+    finally:
+        for layer in _linear_layers(model):
+            vars(layer).pop("forward", None)
+
+
+def _linear_layers(model: torch.nn.Module) -> list[Any]:
+    return [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
 
 
 @torch.no_grad()
 def _replace_forward(module: Any, weight: torch.Tensor, dtype: torch.dtype) -> None:
     ops: Any = torch.ops.mkldnn
-    packed = ops._reorder_linear_weight(weight.detach().to(dtype).contiguous())
+    weight = weight.detach().to(dtype).contiguous()
     bias = None if module.bias is None else module.bias.detach().to(dtype)
+    # On a processor without AVX-512 oneDNN lays out no weights in bfloat16, and raises.
+    packs = dtype == torch.float32 or ops._is_mkldnn_bf16_supported()
+    if packs:
+        weight = ops._reorder_linear_weight(weight)
 
     def forward(x: torch.Tensor) -> torch.Tensor:
-        return ops._linear_pointwise(x.to(dtype), packed, bias, "none", [], "").to(x.dtype)
+        if packs:
+            return ops._linear_pointwise(x.to(dtype), weight, bias, "none", [], "").to(x.dtype)
+        return torch.nn.functional.linear(x.to(dtype), weight, bias).to(x.dtype)
 
     module.forward = forward
 

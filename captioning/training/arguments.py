@@ -238,8 +238,6 @@ DEFAULTS: dict[str, Any] = {
     "report_to": "none",
     # Otherwise decided by transformers' log level, which is at errors only.
     "disable_tqdm": False,
-    # Rank 0 computes cached features while the others wait.
-    "ddp_timeout": 7200,
     # Parameters that no loss reaches are frozen: to look for them in each update takes time.
     "ddp_find_unused_parameters": False,
     # A loss that is not a number is to be seen, not logged as zero.
@@ -486,10 +484,11 @@ def start_missing_processes(script: str, argv: Sequence[str] | None) -> None:
     """Replace this process by torch's launcher where `accelerate launch` leaves the others to MPI. Otherwise return.
 
     On CPUs accelerate starts one process, and tells it of the others by MASTER_ADDR only. How many were asked for is
-    read by accelerate's own parser, from its own command line and its config file.
+    read by accelerate's own parser, from its own command line and its config file, see `_launch`.
 
     Raises:
-        InputError: several processes were asked for, and how many cannot be found out.
+        InputError: several processes were asked for, and the process that did so did not start this one with these
+            words.
     """
     asked = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true" and "MASTER_ADDR" in os.environ
     if not asked or {"RANK", "PMI_RANK", "OMPI_COMM_WORLD_RANK"} & set(os.environ):
@@ -497,8 +496,8 @@ def start_missing_processes(script: str, argv: Sequence[str] | None) -> None:
     launch = _launch()
     if launch is None:
         raise InputError(
-            "accelerate was asked for several processes and starts one of them on CPUs; start them with "
-            "'torchrun --nproc_per_node N train.py' instead"
+            "accelerate was asked for several processes and starts one of them on CPUs, and does not say how many; "
+            "start them with 'torchrun --nproc_per_node N train.py' instead"
         )
     machines, rank = int(launch("num_machines") or 1), int(launch("machine_rank") or 0)
     here = max(1, int(launch("num_processes") or 1) // machines)
@@ -526,10 +525,12 @@ def forget_what_nobody_asked() -> None:
 
 
 def _launch() -> Callable[[str], Any] | None:
-    """What `accelerate launch`, above this process, was told: by its command line, else by its config file.
+    """What `accelerate launch`, which started this process, was told: by its command line, else by its config file.
+
+    Nothing is guessed: the parent's command line, as accelerate reads it, has to end with this process's own words.
 
     Returns:
-        A function of a setting's name, whose value is None where nobody gave it; None where there is no such process.
+        A function of a setting's name, whose value is None where nobody gave it; None where the parent is another.
     """
     import psutil
     from accelerate.commands.config.config_args import default_config_file, load_config_from_file
@@ -537,11 +538,14 @@ def _launch() -> Callable[[str], Any] | None:
 
     names = ("launch", "accelerate-launch", "accelerate.commands.launch", "launch.py")
     try:
-        above = (parent.cmdline() for parent in psutil.Process().parents())
-        words = next(line for line in above if any("accelerate" in word for word in line[:4]))
+        words = psutil.Process(os.getppid()).cmdline()
         begin = next(i for i, word in enumerate(words) if word.rpartition("/")[2] in names)
+        if not any("accelerate" in word for word in words[: begin + 1]):
+            return None
         args = launch_command_parser().parse_args(words[begin + 1 :])
     except (psutil.Error, StopIteration, SystemExit):
+        return None
+    if args.training_script_args != sys.argv[1:]:
         return None
     file = args.config_file or (default_config_file if Path(default_config_file).is_file() and not args.cpu else None)
     config = load_config_from_file(file) if file else None

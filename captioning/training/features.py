@@ -3,44 +3,50 @@
     cache = FeatureCache(bundle, data_path / ".features", batch_size=32, say=print)
     dataset.features = [cache.features(dataset, "train", variant) for variant in range(3)]
 
-The file's name holds a hash of the encoder's weights and settings, of the image processor and of the images, so that
-a stale file is never used. An interrupted computation goes on where it stopped. A file that came with somebody else's
-data is looked at before it is used, and nothing is written through a link.
+A file holds a block of images. Its name has a hash of the encoder's weights and settings, of the image processor and
+of the images, so that a stale file is never used. An interrupted computation goes on with the blocks that are missing,
+and processes that see the same folder share them out: on one machine or on many, started together or not, and without
+a word to each other. A file that came with somebody else's data is looked at before it is used, and nothing is written
+through a link.
 """
 
 from __future__ import annotations
 
 import bisect
+import contextlib
 import hashlib
 import itertools
 import json
-import os
 import shutil
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any
 
 import numpy as np
 import torch
 
 from captioning import InputError, cli
-from captioning.files import check_target, lock, make_folder, open_in_place, write_whole
+from captioning.files import check_target, lock, make_folder, remove_leftovers, replacing
+from captioning.model import fast
 from captioning.model.captioner import Bundle
 from captioning.training.batches import AUGMENTATION, CaptionDataset
 
 DTYPE = np.dtype(np.float16)
-SAVE_EVERY = 16  # batches; what an interruption loses at most
+BLOCK = 256  # images: what an interruption loses at most, and what one of several processes takes at a time
+LOOK_AGAIN = 0.2  # seconds, while other processes compute what is still missing
 
 
 class Joined:
     """The features of several parts as if they were one array; they stay where they lie.
 
     Args:
-        parts: (images, tokens, hidden size) each.
+        parts: (images, tokens, hidden size) each, an array or another `Joined`.
     """
 
-    def __init__(self, parts: Sequence[np.ndarray]):
+    def __init__(self, parts: Sequence[Any]):
         self.parts = parts
         self.ends = list(itertools.accumulate(map(len, parts)))
 
@@ -50,7 +56,46 @@ class Joined:
     def __getitem__(self, index: int) -> np.ndarray:
         """(tokens, hidden size) of one image."""
         part = bisect.bisect_right(self.ends, index)
-        return self.parts[part][index - self.ends[part]]
+        return self.parts[part][index - self.ends[part] + len(self.parts[part])]
+
+
+@dataclass(frozen=True)
+class Block:
+    """The features of some images that follow each other.
+
+    Attributes:
+        path: of their file.
+        start: the first image.
+        shape: (images, tokens, hidden size)
+    """
+
+    path: Path
+    start: int
+    shape: tuple[int, ...]
+
+    @property
+    def stop(self) -> int:
+        return self.start + self.shape[0]
+
+    @property
+    def size(self) -> int:
+        """Bytes of the numbers."""
+        return DTYPE.itemsize * int(np.prod(self.shape, dtype=np.int64))
+
+    def features(self) -> np.ndarray | None:
+        """Mapped into memory; None where there is no file of such features, or only a link."""
+        try:
+            check_target(self.path)
+            with self.path.open("rb") as file:
+                if np.lib.format.read_magic(file) != (1, 0):
+                    return None
+                found = np.lib.format.read_array_header_1_0(file)
+                begin = file.tell()
+                if found != (self.shape, False, DTYPE) or self.path.stat().st_size != begin + self.size:
+                    return None
+                return np.memmap(file, DTYPE, "r", begin, self.shape)
+        except (OSError, ValueError, EOFError, InputError):
+            return None
 
 
 @dataclass(frozen=True)
@@ -63,6 +108,8 @@ class FeatureCache:
         batch_size: images at a time.
         say: told in one line what is about to be written, or reused.
         precision: of the encoder's matrix products (autocast), as training itself would run it.
+        readers: threads that decode images while the encoder works.
+        show: whether a bar shows the progress.
     """
 
     bundle: Bundle
@@ -70,12 +117,17 @@ class FeatureCache:
     batch_size: int
     say: Callable[[str], None]
     precision: torch.dtype = torch.float32
+    readers: int = 1
+    show: bool = True
 
-    def features(self, dataset: CaptionDataset, split: str, variant: int = 0) -> np.ndarray:
+    def features(self, dataset: CaptionDataset, split: str, variant: int = 0) -> Joined:
         """The features of every image of `dataset`, in its order, from the cache or computed now.
 
+        Blocks that another process is computing are waited for; if it ends before they are whole, they are computed
+        here.
+
         Args:
-            split: part of the file's name.
+            split: part of the files' names.
             variant: which augmentation of the images; 0: as they are.
 
         Returns:
@@ -84,21 +136,22 @@ class FeatureCache:
         Raises:
             InputError: the disk has no room for it.
         """
-        path = self.folder / f"{split}-{self.fingerprint(dataset, variant)}.npy"
-        shape = (len(dataset), *self.encode([dataset.image(0, variant)]).shape[1:])
-        if (kept := mapped(path, shape)) is not None:
-            self.say(f"features: {split} from {path}")
-            return kept
-        make_folder(self.folder, self.folder.parent)
-        with lock(path.with_suffix(".lock"), wait=True):
-            if mapped(path, shape) is None:  # another run may have finished it while this one waited
-                check_target(path)
-                if path.exists():
-                    self.say(f"features: {path} is not what it should hold; it is computed anew")
-                self._compute(dataset, path, split, variant, shape)
-        kept = mapped(path, shape)
-        assert kept is not None, "it was just written"
-        return kept
+        name = f"{split}-{self.fingerprint(dataset, variant)}"
+        shape = self.encode([dataset.image(0, variant)]).shape[1:]
+        whole = Block(self.folder / f"{name}.npy", 0, (len(dataset), *shape))
+        if (kept := whole.features()) is not None:  # of an earlier version
+            self.say(f"features: {split} from {whole.path}")
+            return Joined([kept])
+        blocks = [
+            Block(self.folder / f"{name}.{number:06d}.npy", start, (min(BLOCK, len(dataset) - start), *shape))
+            for number, start in enumerate(range(0, len(dataset), BLOCK))
+        ]
+        missing = [block for block in blocks if block.features() is None]
+        if missing:
+            self._compute(dataset, name, variant, missing)
+        else:
+            self.say(f"features: {split} from {self.folder / name}")
+        return Joined([_whole(block) for block in blocks])
 
     def fingerprint(self, dataset: CaptionDataset, variant: int = 0) -> str:
         """Twenty hexadecimal digits that change whenever the features would."""
@@ -119,7 +172,7 @@ class FeatureCache:
         return digest.hexdigest()[:20]
 
     @torch.inference_mode()
-    def encode(self, images: list[np.ndarray]) -> np.ndarray:
+    def encode(self, images: Sequence[np.ndarray]) -> np.ndarray:
         """uint8 (3, height, width) each -> float16 (images, tokens, hidden size)."""
         encoder = self.bundle.model.encoder.eval()
         device = next(encoder.parameters()).device
@@ -128,79 +181,65 @@ class FeatureCache:
             states = encoder(pixel_values=normalised).last_hidden_state
         return states.to(torch.float16).cpu().numpy()
 
-    def _compute(self, dataset: CaptionDataset, path: Path, split: str, variant: int, shape: tuple[int, ...]) -> None:
-        """Write the features of `dataset` to `path`, going on where an earlier call was interrupted."""
-        size = 2 * int(np.prod(shape, dtype=np.int64))
-        part, progress = path.with_suffix(".part"), path.with_suffix(".done")
-        check_target(progress)
-        with open_in_place(part) as file:
-            free = shutil.disk_usage(self.folder).free + os.fstat(file.fileno()).st_size
-            if size > free:
-                if not os.fstat(file.fileno()).st_size:
-                    part.unlink()
-                raise InputError(
-                    f"--cache_features needs {size / 1e9:.1f} GB in '{self.folder}' for {split}, and {free / 1e9:.1f} "
-                    "GB are free; make room or leave the flag out"
-                )
-            # Counted only after the features are on disk: `done` images are always whole.
-            begin = _data_begins(file, shape)
-            done = _count(progress, len(dataset)) if begin else 0
-            going_on = f" (going on from image {done:,})" if done else ""
-            self.say(f"features: {split}, {size / 1e6:,.0f} MB, to {path}{going_on}")
-            if not done:
-                file.seek(0)
-                file.truncate()
-                header = {"descr": np.lib.format.dtype_to_descr(DTYPE), "fortran_order": False, "shape": shape}
-                np.lib.format.write_array_header_1_0(file, header)
-                begin = file.tell()
-                file.truncate(begin + size)
-                file.flush()
-            features = np.memmap(file, DTYPE, "r+", begin, shape)
-            with cli.bar(total=len(dataset), initial=done, unit="image", desc=f"{split} features") as bar:
-                for number, start in enumerate(range(done, len(dataset), self.batch_size), 1):
-                    stop = min(start + self.batch_size, len(dataset))
-                    features[start:stop] = self.encode([dataset.image(index, variant) for index in range(start, stop)])
-                    bar.update(stop - start)
-                    if number % SAVE_EVERY == 0:
-                        features.flush()
-                        write_whole(progress, str(stop))
-            features.flush()
-            del features
-        part.replace(path)
-        progress.unlink(missing_ok=True)
+    def _compute(self, dataset: CaptionDataset, name: str, variant: int, missing: list[Block]) -> None:
+        """See to it that the blocks that are missing are there: computed here, or by other processes."""
+        split = name.partition("-")[0]
+        make_folder(self.folder, self.folder.parent)
+        size, free = sum(block.size for block in missing), shutil.disk_usage(self.folder).free
+        if size > free:
+            raise InputError(
+                f"--cache_features needs {size / 1e9:.1f} GB in '{self.folder}' for {split}, and "
+                f"{free / 1e9:.1f} GB are free; make room or leave the flag out"
+            )
+        for block in missing:
+            check_target(block.path)
+            if block.path.exists():
+                self.say(f"features: {block.path} is not what it should hold; it is computed anew")
+        done = len(dataset) - sum(block.shape[0] for block in missing)
+        going_on = f" (going on, {done:,} images are there)" if done else ""
+        self.say(f"features: {split}, {size / 1e6:,.0f} MB, to {self.folder / name}{going_on}")
+        with (
+            self._faster(),
+            ThreadPoolExecutor(self.readers) as pool,
+            cli.bar(
+                total=len(dataset), initial=done, unit="image", desc=f"{split} features", disable=not self.show
+            ) as bar,
+        ):
+            while missing:
+                waiting = []
+                for block in missing:
+                    with lock(block.path.with_suffix(".lock"), wait=False) as mine:
+                        there = block.features() is not None  # another process has finished it
+                        if mine and not there:
+                            remove_leftovers(self.folder, block.path.name)
+                            self._write(block, dataset, variant, pool, bar)
+                        elif there:
+                            bar.update(block.shape[0])
+                        else:
+                            waiting.append(block)
+                missing = waiting
+                if missing:
+                    time.sleep(LOOK_AGAIN)
+
+    def _write(self, block: Block, dataset: CaptionDataset, variant: int, pool: ThreadPoolExecutor, bar: Any) -> None:
+        """Compute a block's features. Its batches are the same whoever computes it, and so are its bytes."""
+        images = pool.map(lambda index: dataset.image(index, variant), range(block.start, block.stop))
+        computed = np.empty(block.shape, DTYPE)
+        for start in range(0, len(computed), self.batch_size):
+            batch = list(itertools.islice(images, self.batch_size))
+            computed[start : start + len(batch)] = self.encode(batch)
+            bar.update(len(batch))
+        with replacing(block.path) as part, part.open("wb") as file:
+            np.save(file, computed)
+
+    def _faster(self) -> contextlib.AbstractContextManager[None]:
+        """oneDNN's float32 where the encoder computes in it on a CPU: the same numbers within float16, sooner."""
+        encoder = self.bundle.model.encoder
+        on_cpu = next(encoder.parameters()).device.type == "cpu"
+        return fast.prepared(encoder) if on_cpu and self.precision == torch.float32 else contextlib.nullcontext()
 
 
-def mapped(path: Path, shape: tuple[int, ...]) -> np.ndarray | None:
-    """The features in a file, mapped into memory; None where there is no file of such features, or only a link."""
-    try:
-        check_target(path)
-        with path.open("rb") as file:
-            begin = _data_begins(file, shape)
-            return np.memmap(file, DTYPE, "r", begin, shape) if begin else None
-    except (OSError, InputError):
-        return None
-
-
-def _data_begins(file: BinaryIO, shape: tuple[int, ...]) -> int:
-    """Where the numbers begin in a whole file of float16 of that shape; 0: it is none."""
-    try:
-        file.seek(0)
-        if np.lib.format.read_magic(file) != (1, 0):
-            return 0
-        found, fortran_order, kind = np.lib.format.read_array_header_1_0(file)
-    except (ValueError, EOFError, OSError):
-        return 0
-    begin = file.tell()
-    whole = begin + DTYPE.itemsize * int(np.prod(shape, dtype=np.int64))
-    right = (found, fortran_order, kind) == (shape, False, DTYPE) and os.fstat(file.fileno()).st_size == whole
-    return begin if right else 0
-
-
-def _count(progress: Path, most: int) -> int:
-    """How many images are done, as a file says; 0 where it says nothing of the kind."""
-    try:
-        with progress.open("rb") as file:
-            text = file.read(20)
-    except OSError:
-        return 0
-    return int(text) if text.isdigit() and int(text) <= most else 0
+def _whole(block: Block) -> np.ndarray:
+    features = block.features()
+    assert features is not None, "it was just written"
+    return features

@@ -148,11 +148,13 @@ class ResumableTrainer(Seq2SeqTrainer):
 
         Raises:
             KeyboardInterrupt: SIGINT or SIGTERM came; after the first there is a checkpoint of the update it came in.
-            InputError: the loss was not finite, or the checkpoint is of a run with other data or other trained parts.
+            InputError: the loss was not finite, the checkpoint is of a run with other data or other trained parts, or
+                processes do not begin alike.
         """
         if checkpoint := kwargs.get("resume_from_checkpoint"):
             check_state(Path(checkpoint))
             self._refuse_another_run(Path(checkpoint))
+        self._refuse_other_beginnings(checkpoint and Path(checkpoint))
         with self.stop:
             trained = super().train(*args, **kwargs)
             if self.stop_asked():
@@ -169,6 +171,23 @@ class ResumableTrainer(Seq2SeqTrainer):
                 raise InputError(
                     f"'{checkpoint}' is of a run with {what}, and a run goes on as it began; start a new one from it "
                     f"with --model_path '{checkpoint}' and another --output_dir"
+                )
+
+    def _refuse_other_beginnings(self, checkpoint: Path | None) -> None:
+        """Machines may see other folders under the same names."""
+        if self._hosts is None:
+            return
+        update = read_json(checkpoint / STATE)["global_step"] if checkpoint else 0
+        all_of_them: list[Any] = [None] * self.args.world_size
+        torch.distributed.all_gather_object(all_of_them, {"update": update, **self.resumed.recipe}, self._hosts)
+        for name in all_of_them[0]:
+            found = [of_process[name] for of_process in all_of_them]
+            if len(set(found)) > 1:
+                other = next(number for number, value in enumerate(found) if value != found[0])
+                folder = "--output_dir" if name == "update" else "--data_path"
+                raise InputError(
+                    f"process {other} begins with another {name} than process 0 ({found[other]}, not {found[0]}); "
+                    f"{folder} has to be the same folder on every machine, or a whole copy of it"
                 )
 
     def training_step(self, model, inputs, *args, **kwargs):

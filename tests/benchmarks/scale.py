@@ -5,11 +5,12 @@
     python tests/benchmarks/scale.py --form csv                   # a CSV of a million rows, five to an image
     python tests/benchmarks/scale.py --form tar                   # tars of a million images with a text each
     python tests/benchmarks/scale.py --form prepared              # a prepared folder: looked through, then opened again
+    python tests/benchmarks/scale.py --form indices               # no images: the order of 100 million in an epoch
 
-All of it is 82,783 + 40,504 images with 616,767 captions, or a million rows. The images are hard links to a few hundred
-files, small ones of 64 x 48 pixels where rows are what is measured. Memory is
-the largest sum over all processes of the run, each shared page counted once (Linux's Pss): in all, and without the
-files that are mapped into memory, which the system takes back when it needs them. Prints a markdown table.
+All of it is 82,783 + 40,504 images with 616,767 captions, a million rows, or 100 million indices. The images are hard
+links to a few hundred files, small ones of 64 x 48 pixels where rows are what is measured. Memory is the largest sum
+over all processes of the run, each shared page counted once (Linux's Pss): in all, and without the files that are
+mapped into memory, which the system takes back when it needs them. Prints a markdown table.
 """
 
 from __future__ import annotations
@@ -37,6 +38,7 @@ sys.path.insert(0, str(ROOT))
 from captioning.data import scenes  # noqa: E402 (found through the path above)
 
 ROWS = 1_000_000
+INDICES = 100_000_000
 FULL = {"train2014": (82_783, 414_113), "val2014": (40_504, 202_654)}  # images, captions
 
 
@@ -48,11 +50,13 @@ def main(argv: list[str] | None = None) -> list[dict]:
     parser.add_argument("--encoder", default="base", help="decides the stored size: base is 256 px")
     parser.add_argument("--decoder", default="small", help="a preset, or what the tokenizer is taken from")
     parser.add_argument(
-        "--form", choices=("coco", "csv", "tar", "prepared"), default="coco", help="what the data set is"
+        "--form", choices=("coco", "csv", "tar", "prepared", "indices"), default="coco", help="what the data set is"
     )
     args = parser.parse_args(argv)
     if args.form == "prepared":
         return [measure_check(share, args.images) for share in args.shares]
+    if args.form == "indices":
+        return [measure_order(share) for share in args.shares]
     results = []
     with tempfile.TemporaryDirectory(dir=os.environ.get("TMPDIR")) as folder:
         files, captions = source(args.images, Path(folder) / "originals")
@@ -255,6 +259,50 @@ def measure_check(share: float, root: Path | None) -> dict[str, float]:
         f"| {image_id:,} | {size / 1e6:,.0f} | {seconds[0]:.1f} | {seconds[1]:.2f} | {result['cpu']:.1f} |", flush=True
     )
     return result
+
+
+def measure_order(share: float) -> dict[str, float]:
+    """An epoch of 100 million images in the sampler, and a run that goes on from its middle; no image is opened.
+
+    It runs in a process of its own, whose peak memory is the kernel's figure.
+    """
+    done = subprocess.run(
+        [sys.executable, "-c", ORDER, str(round(INDICES * share))], cwd=ROOT, stdout=subprocess.PIPE, check=True
+    )
+    result = json.loads(done.stdout)
+    print(
+        "| images | CPU seconds to begin | of an epoch's order | of skipping half of it | bytes an image at the peak |"
+    )
+    print("|---:|---:|---:|---:|---:|")
+    row = [result["images"], result["begin"], result["epoch"], result["skip"], result["bytes"] / result["images"]]
+    print("| {:,} | {:.1f} | {:.1f} | {:.1f} | {:.0f} |".format(*row), flush=True)
+    return result
+
+
+# As train.py uses it: 16 images an update, sorted by length within windows; a run that goes on skips batches.
+ORDER = """
+import itertools, json, resource, sys, time
+import numpy as np
+from accelerate.data_loader import SkipBatchSampler
+from torch.utils.data import BatchSampler
+from captioning.training.batches import LengthSampler
+
+def peak():
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+count = int(sys.argv[1])
+lengths = np.random.default_rng(0).integers(40, 80, count, dtype=np.int32)
+before, times = peak(), [time.process_time()]
+sampler = LengthSampler(lengths, 16, 0)
+times.append(time.process_time())
+assert sum(map(len, BatchSampler(sampler, 16, False))) == count
+times.append(time.process_time())
+rest = next(iter(SkipBatchSampler(BatchSampler(sampler, 16, False), skip_batches=count // 32)))
+times.append(time.process_time())
+assert rest == list(itertools.islice(sampler, count // 32 * 16, count // 32 * 16 + 16))
+found = dict(zip(("begin", "epoch", "skip"), np.diff(times).tolist()))
+print(json.dumps({"images": count, "bytes": peak() - before, **found}))
+"""
 
 
 def cpu_seconds() -> float:
