@@ -361,7 +361,6 @@ def score(args: Arguments) -> int:
     from captioning.data.predictions import read_predictions, read_references
     from captioning.scores import bootstrap, confidence, metrics
     from captioning.show import tables
-    from captioning.show.run_folder import diversity_of, scores_of
 
     split = None
     if args.annotations:
@@ -405,7 +404,8 @@ def score(args: Arguments) -> int:
         reliability = confidence.reliability_of(sure, {key: row["cider_d"] for key, row in per_image.items()})
     write_json(target, sorted(each, key=lambda row: row["cider_d"]))
     cli.note(f"scores of each image, the worst first, written to {target}")
-    scores, protocol = scores_of(found) | {"diversity": diversity_of(predictions, captions)}, found.protocol
+    scores = tables.scores_of(found) | {"diversity": tables.diversity_of(predictions, captions)}
+    protocol = found.protocol
     if len(captions) < len(references.captions):
         protocol += f"; a subset: {len(captions):,} of {len(references.captions):,} images"
     if not args.predictions:

@@ -1,5 +1,6 @@
 """Stage 3: captions on stdout, failures on stderr, exit codes, and scoring."""
 
+import itertools
 import json
 import os
 import re
@@ -279,6 +280,33 @@ def test_help_does_not_wait_for_heavy_imports():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.stderr.splitlines()[-1] == "set()", done.stderr
+
+
+def imported(lines) -> set[str]:
+    """The modules that `python -X importtime` tells of."""
+    return {line.rpartition("|")[2].strip() for line in lines if line.startswith("import time:")}
+
+
+def test_a_caption_loads_nothing_of_data_scores_pages_and_training(untrained, pictures):
+    # What takes a tenth of a second or more to import. transformers itself loads accelerate, and scikit-learn where it
+    # is installed.
+    needless = {"datasets", "evaluate", "gradio", "matplotlib", "nltk", "pandas", "peft"}
+    needless |= {"pyarrow", "requests", "rouge_score", "tensorboard", "torchvision", "transformers.trainer"}
+    command = [sys.executable, "-X", "importtime", "inference.py", f"--model_path={untrained}", "--device=cpu"]
+    command += ["--image_path", str(pictures / "rgb.jpg")]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0 and done.stdout.strip(), done.stderr
+    loaded = imported(done.stderr.splitlines())
+    assert "torch" in loaded and not loaded & needless
+
+
+def test_a_training_speaks_before_anything_heavy_is_loaded(few, tmp_path):
+    command = [sys.executable, "-X", "importtime", "train.py", f"--data_path={few}", f"--output_dir={tmp_path / 'run'}"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=ROOT) as process:
+        lines = list(itertools.takewhile(lambda line: not line.endswith("; starting PyTorch\n"), process.stderr))
+        process.kill()
+    assert "captioning.cli" in imported(lines)
+    assert not imported(lines) & {"torch", "transformers", "datasets", "numpy", "pandas", "accelerate", "yaml"}
 
 
 def test_a_run_folder_is_scored_on_a_split(trained, prepared, tmp_path, capsys):

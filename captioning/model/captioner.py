@@ -38,21 +38,22 @@ from captioning.files import check_target, read_json, remove
 from captioning.model.limits import decoding_schema, decoding_settings
 from captioning.model.parts import (
     BUNDLE_HINT,
+    CAPTIONER,
     DECODER_PRESETS,
     ENCODER_PRESETS,
     Pixels,
     brief,
     decoder_config,
     encoder_config,
+    image_processor_in,
     literal,
-    load_image_processor,
-    load_tokenizer,
     preset_config,
     read_config,
     refuse_other_kinds,
     refusing,
     resolve,
     save_tokenizer,
+    tokenizer_in,
 )
 from captioning.model.weights import is_cross_attention, load_weights
 from captioning.model.wishes import Wishes
@@ -136,25 +137,36 @@ def give_patch_states(encoder: Any, what: str) -> None:
     if encoder.main_input_name != "pixel_values":
         raise refusal
     encoder.register_forward_hook(_flatten)
-    training = encoder.training
     try:
-        with torch.no_grad():
-            states = encoder.eval()(pixel_values=blank_image(encoder.config))[0]
+        states = _states(encoder, blank_image(encoder.config), what)
+    except InputError:
+        raise
     except Exception:  # whatever a model of another kind makes of pixels
         raise refusal from None
-    finally:
-        encoder.train(training)
     if states.dim() != 3:
         raise refusal
     if getattr(encoder.config, "hidden_size", None) != states.shape[2]:
         encoder.config.hidden_size = states.shape[2]
 
 
+@torch.no_grad()
+def _states(encoder: Any, pixels: torch.Tensor, what: str) -> torch.Tensor:
+    """What an encoder makes of an image, where that is finite."""
+    training, device = encoder.training, next(encoder.parameters()).device
+    try:
+        states = encoder.eval()(pixel_values=pixels.to(device))[0]
+    finally:
+        encoder.train(training)
+    if device.type != "meta" and not torch.isfinite(states).all():
+        raise InputError(f"{what} computes numbers that are not finite; copy it again or name another")
+    return states
+
+
 def refuse_misfit(encoder: Any, image_processor: Any, what: str) -> None:
     """Refuse an image processor whose pixels the encoder does not take, such as those of another image size.
 
     Args:
-        encoder: on any device; on "meta" nothing is computed.
+        encoder: one that `give_patch_states` has seen, or one on "meta", where nothing is computed.
 
     Raises:
         InputError: they do not fit, or the image processor cannot be used at all.
@@ -166,10 +178,12 @@ def refuse_misfit(encoder: Any, image_processor: Any, what: str) -> None:
         raise InputError(
             f"{what} has a preprocessor_config.json that cannot be used ({brief(error)}); correct it"
         ) from None
-    training, device = encoder.training, next(encoder.parameters()).device
+    if next(encoder.parameters()).device.type != "meta" and shape == blank_image(encoder.config).shape:
+        return  # `give_patch_states` has tried these
     try:
-        with torch.no_grad():
-            states = encoder.eval()(pixel_values=torch.zeros(shape, device=device))[0]
+        _states(encoder, torch.zeros(shape), what)
+    except InputError:
+        raise
     except Exception:  # whatever an encoder makes of pixels that it does not take
         side = getattr(encoder.config, "image_size", None)
         raise InputError(
@@ -177,10 +191,6 @@ def refuse_misfit(encoder: Any, image_processor: Any, what: str) -> None:
             + (f" (its config.json says {side})" if side else "")
             + "; correct one of them"
         ) from None
-    finally:
-        encoder.train(training)
-    if device.type != "meta" and not torch.isfinite(states).all():
-        raise InputError(f"{what} computes numbers that are not finite; copy it again or name another")
 
 
 def check_parts(encoder: str, decoder: str, image_processor: Any) -> None:
@@ -189,12 +199,9 @@ def check_parts(encoder: str, decoder: str, image_processor: Any) -> None:
     Raises:
         InputError: as `refuse_other_kinds` and `refuse_misfit`.
     """
-    refuse_other_kinds(encoder, decoder)
-    folder = Path() if encoder in ENCODER_PRESETS else resolve(encoder, "--encoder", weights=False)
-    if encoder in ENCODER_PRESETS or not (folder / "config.json").is_file():
+    config = refuse_other_kinds(encoder, decoder)
+    if config is None:
         return
-    config = read_config(folder, "--encoder")
-    config = config.encoder if config.model_type == "vision-encoder-decoder" else encoder_config(folder, "--encoder")
     with (
         refusing(literal(f"--encoder '{encoder}'") + " has a config.json that no model can be built of: {reason}"),
         torch.device("meta"),
@@ -344,15 +351,15 @@ def load(path: str | os.PathLike) -> Bundle:
     """
     folder = resolve(path, "--model_path")
     config = read_config(folder, "--model_path")
-    if config.model_type != "vision-encoder-decoder":
+    if config.model_type != CAPTIONER:
         raise InputError(f"--model_path '{path}' is a {config.model_type}, not an image captioner; {BUNDLE_HINT}")
     what = f"--model_path '{path}'"
-    tokenizer = load_tokenizer(folder, "--model_path")
+    tokenizer = tokenizer_in(folder, what)
     decoding = _decoding(folder, config, tokenizer, what)
     model, _ = load_weights(VisionEncoderDecoderModel, folder, config, what, generation_config=decoding)
     give_patch_states(model.encoder, f"the encoder of --model_path '{path}'")
     ignore_own_generation(model)
-    image_processor = load_image_processor(folder, "--model_path")
+    image_processor = image_processor_in(folder, what)
     refuse_misfit(model.encoder, image_processor, what)
     _refuse_mute(model, tokenizer, what)
     return Bundle(model.eval(), tokenizer, image_processor)

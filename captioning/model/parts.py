@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +86,7 @@ DECODER_PRESETS: dict[str, dict[str, Any]] = {
 # The largest vocabulary that a preset's tokenizer may learn from the training captions.
 VOCABULARY = {"tiny": 1_000, "small": 5_000, "base": 50_257}
 END_OF_TEXT = "<|endoftext|>"
+CAPTIONER = "vision-encoder-decoder"  # the model_type of a run folder
 BUNDLE_HINT = "name a run folder that train.py wrote"
 
 
@@ -242,15 +243,7 @@ def encoder_config(folder: Path, what: str):
     Raises:
         InputError: it is not one that can be used here.
     """
-    config = read_config(folder, what)
-    # CLIP and SigLIP come as two towers; captioning needs the one that sees.
-    config = getattr(config, "vision_config", config)
-    if config.model_type == "siglip2_vision_model":
-        raise InputError(
-            f"{what} '{folder}' is a SigLIP 2 for images of any shape (NaFlex), which are not supported; name one for "
-            "a fixed size, such as google/siglip2-base-patch16-224"
-        )
-    return config
+    return _that_sees(read_config(folder, what), f"{what} '{folder}'")
 
 
 def decoder_config(folder: Path, what: str):
@@ -259,35 +252,55 @@ def decoder_config(folder: Path, what: str):
     Raises:
         InputError: it is another kind of model.
     """
-    config = read_config(folder, what)
-    if config.model_type != "gpt2":
-        raise InputError(f"{what} '{folder}' is a {config.model_type}; name a model of the GPT-2 family")
+    return _that_speaks(read_config(folder, what), f"{what} '{folder}'")
+
+
+def _that_sees(config: Any, what: str) -> Any:
+    # CLIP and SigLIP come as two towers; captioning needs the one that sees.
+    config = getattr(config, "vision_config", config)
+    if config.model_type == "siglip2_vision_model":
+        raise InputError(
+            f"{what} is a SigLIP 2 for images of any shape (NaFlex), which are not supported; name one for a fixed "
+            "size, such as google/siglip2-base-patch16-224"
+        )
     return config
 
 
-def refuse_other_kinds(encoder: str, decoder: str) -> None:
+def _that_speaks(config: Any, what: str) -> Any:
+    if config.model_type != "gpt2":
+        raise InputError(f"{what} is a {config.model_type}; name a model of the GPT-2 family")
+    return config
+
+
+def refuse_other_kinds(encoder: str, decoder: str) -> Any:
     """Refuse models that train.py cannot use, by their configuration alone, before any data are prepared for them.
 
-    A run folder may stand for both. A folder without config.json passes: it holds a tokenizer alone, say.
+    A run folder may stand for both.
+
+    Returns:
+        The encoder's configuration; None for a preset, and for a folder without one: a tokenizer alone, say.
 
     Raises:
         InputError: the encoder sees no images, or the decoder is not of the GPT-2 family.
     """
     from transformers import MODEL_MAPPING
 
-    for name, what, presets in ((encoder, "--encoder", ENCODER_PRESETS), (decoder, "--decoder", DECODER_PRESETS)):
-        folder = Path() if name in presets else resolve(name, what, weights=False)
-        if name in presets or not (folder / "config.json").is_file():
-            continue
-        if read_config(folder, what).model_type == "vision-encoder-decoder":
-            continue
-        if what == "--decoder":
-            decoder_config(folder, what)
-            continue
-        config = encoder_config(folder, what)
-        kind = MODEL_MAPPING.get(type(config), None)
-        if getattr(kind, "main_input_name", None) != "pixel_values":
-            raise InputError(f"{what} '{name}' is a {config.model_type}, not a vision encoder with patch states")
+    seeing = _config_there(encoder, "--encoder", ENCODER_PRESETS)
+    if seeing is not None and seeing.model_type == CAPTIONER:
+        seeing = seeing.encoder
+    elif seeing is not None:
+        seeing = _that_sees(seeing, f"--encoder '{encoder}'")
+        if getattr(MODEL_MAPPING.get(type(seeing), None), "main_input_name", None) != "pixel_values":
+            raise InputError(f"--encoder '{encoder}' is a {seeing.model_type}, not a vision encoder with patch states")
+    speaking = _config_there(decoder, "--decoder", DECODER_PRESETS)
+    if speaking is not None and speaking.model_type != CAPTIONER:
+        _that_speaks(speaking, f"--decoder '{decoder}'")
+    return seeing
+
+
+def _config_there(name: str, what: str, presets: Collection[str]) -> Any:
+    folder = Path() if name in presets else resolve(name, what, weights=False)
+    return read_config(folder, what) if name not in presets and (folder / "config.json").is_file() else None
 
 
 # ---- tokenizer
@@ -298,8 +311,12 @@ def load_tokenizer(name: str | os.PathLike, what: str = "--decoder") -> PreTrain
 
     GPT-2 has none; padding is masked by length everywhere here, so that its end-of-text token can serve.
     """
-    folder = resolve(name, what, weights=False)
-    with refusing(literal(f"{what} '{name}'") + " has no usable tokenizer ({reason})"):
+    return tokenizer_in(resolve(name, what, weights=False), f"{what} '{name}'")
+
+
+def tokenizer_in(folder: Path, what: str) -> PreTrainedTokenizerBase:
+    """The same of a folder that `resolve` gave; `what` is how messages call it, such as "--decoder 'gpt2'"."""
+    with refusing(literal(what) + " has no usable tokenizer ({reason})"):
         tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         tokens = tokenizer("a dog", add_special_tokens=False)["input_ids"]
         if not all(isinstance(token, int) and 0 <= token < MOST_TOKENS for token in (*tokens, len(tokenizer))):
@@ -310,11 +327,9 @@ def load_tokenizer(name: str | os.PathLike, what: str = "--decoder") -> PreTrain
                 raise ValueError(f"a special token has number {token}")
     if not tokens:
         # Without its files transformers makes an empty one from config.json, and every caption would be empty.
-        raise InputError(
-            f"{what} '{name}' has no usable tokenizer (it knows no words); copy the tokenizer's files there"
-        )
+        raise InputError(f"{what} has no usable tokenizer (it knows no words); copy the tokenizer's files there")
     if tokenizer.eos_token_id is None:
-        raise InputError(f"the tokenizer of {what} '{name}' has no end-of-sequence token; name a GPT-2 style decoder")
+        raise InputError(f"the tokenizer of {what} has no end-of-sequence token; name a GPT-2 style decoder")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -376,9 +391,13 @@ def load_image_processor(encoder: str | os.PathLike, what: str = "--encoder", wh
 
         side = int(preset_config(str(encoder)).image_size)  # presets are square
         return ViTImageProcessorPil(size={"height": side, "width": side}, resample=3)
-    folder = resolve(encoder, what, weights=False)
-    check_processor(folder, f"{what} '{encoder}'")
-    with refusing(literal(f"{what} '{encoder}'") + " has no usable preprocessor_config.json ({reason})"):
+    return image_processor_in(resolve(encoder, what, weights=False), f"{what} '{encoder}'", whole)
+
+
+def image_processor_in(folder: Path, what: str, whole: bool = False):
+    """The same of a folder that `resolve` gave; `what` is how messages call it, such as "--encoder 'x'"."""
+    check_processor(folder, what)
+    with refusing(literal(what) + " has no usable preprocessor_config.json ({reason})"):
         image_processor = _dinov3_without_torchvision(folder) or AutoImageProcessor.from_pretrained(
             folder, backend="pil", trust_remote_code=False
         )

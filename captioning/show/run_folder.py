@@ -18,7 +18,7 @@ from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from captioning.data.folder import in_parts
 from captioning.files import json_text, plain, write_whole
-from captioning.scores import bootstrap, diversity
+from captioning.scores import bootstrap
 from captioning.scores.confidence import reliability_of
 from captioning.scores.names import SCORE_NAMES
 from captioning.show import tables, wording
@@ -66,7 +66,7 @@ def write(folder: Path, run: Run, test_split: Split) -> dict[str, Any]:
     each = run.test.per_image()
     results = results_of(run) | sureness(run, each)
     references = test_split.references
-    results["diversity"] = diversity_of(run.predictions, references)
+    results["diversity"] = tables.diversity_of(run.predictions, references)
     write_whole(folder / "results.json", json_text(results, indent=2, allow_nan=False) + "\n")
     write_whole(
         folder / "report.html",
@@ -87,22 +87,6 @@ def write(folder: Path, run: Run, test_split: Split) -> dict[str, Any]:
     return results
 
 
-def scores_of(evaluation: Evaluation) -> dict[str, Any]:
-    """What JSON files hold of an evaluation: its signature, images, scores, and the interval of each."""
-    intervals = {name: list(interval) for name, interval in bootstrap.intervals(evaluation).items()}
-    return {
-        "signature": evaluation.signature,
-        "images": len(evaluation.ids),
-        **evaluation.scores,
-        "intervals": intervals,
-    }
-
-
-def diversity_of(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, dict[str, float]]:
-    """What JSON files hold beside the scores: `scores.diversity` of the captions, and of people's."""
-    return {"model": diversity.diversity(captions, references), "people": diversity.of_people(references)}
-
-
 def sureness(run: Run, each: Mapping[int, Mapping[str, float]]) -> dict[str, Any]:
     """What `results.json` holds of the confidence of the test captions."""
     if run.calibration is None:
@@ -119,8 +103,8 @@ def results_of(run: Run) -> dict[str, Any]:
         "interval": bootstrap.PROTOCOL,
         "checkpoint": f"best {run.settings['metric_for_best_model']} on validation" if run.kept else "last",
         "step": run.kept or run.steps,
-        "validation": scores_of(run.validation),
-        "test": scores_of(run.test),
+        "validation": tables.scores_of(run.validation),
+        "test": tables.scores_of(run.test),
         "model": dict(run.names),
         "recipe": dict(run.recipe),
         "learning_rates": dict(run.learning_rates),

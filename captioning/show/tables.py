@@ -1,12 +1,17 @@
-"""Scores with their intervals, as the terminal, the report and the model card show them."""
+"""Scores with their intervals, as the terminal, the report, the model card and JSON files tell them."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from captioning.scores import bootstrap
+from captioning.scores import diversity as variety
 from captioning.scores.diversity import NAMES
 from captioning.scores.names import SCORE_NAMES
+
+if TYPE_CHECKING:
+    from captioning.scores.metrics import Evaluation
 
 
 def scores(splits: Mapping[str, Mapping[str, Any]]) -> str:
@@ -67,3 +72,19 @@ def between(interval: Sequence[float] | None, digits: int = 3) -> str:
     if not interval or None in interval:
         return ""
     return ", ".join(f"{end:.{digits}f}" for end in interval)
+
+
+def scores_of(evaluation: Evaluation) -> dict[str, Any]:
+    """What JSON files hold of an evaluation: its signature, images, scores, and the interval of each."""
+    intervals = {name: list(interval) for name, interval in bootstrap.intervals(evaluation).items()}
+    return {
+        "signature": evaluation.signature,
+        "images": len(evaluation.ids),
+        **evaluation.scores,
+        "intervals": intervals,
+    }
+
+
+def diversity_of(captions: Mapping[int, str], references: Mapping[int, Sequence[str]]) -> dict[str, dict[str, float]]:
+    """What JSON files hold beside the scores: `scores.diversity` of the captions, and of people's."""
+    return {"model": variety.diversity(captions, references), "people": variety.of_people(references)}
