@@ -13,7 +13,10 @@ import sys
 import madeup
 import pytest
 from conftest import ROOT
+from datasets import load_from_disk
 from httpserver import Server, body
+from hub import Hub as ModelHub
+from hub import Repository
 from huggingface_hub import ModelCard
 from PIL import Image
 
@@ -82,8 +85,6 @@ def test_the_protocol_is_that_of_the_references_language(tmp_path):
 @pytest.fixture
 def photographs(prepared, tmp_path):
     """Drawn scenes as they come out of cameras, phones and drawing programs."""
-    from datasets import load_from_disk
-
     scenes = iter(load_from_disk(str(prepared))["validation"]["image"])
     for turn in range(1, 9):
         exif = Image.Exif()
@@ -216,6 +217,23 @@ def test_a_run_is_pushed_to_the_hub_and_shown_in_tensorboard(few, tmp_path):
     assert not any("checkpoint" in name for name in hub.files)
     assert not any(b"hf_test" in content for content in hub.files.values())
     assert ModelCard(hub.files["README.md"].decode()).data.eval_results
+
+    # Whoever names the model by its id gets the captions of the folder.
+    pushed = Repository({}, {name: content for name, content in hub.files.items() if "/" not in name})
+    expected, found = tmp_path / "folder.json", tmp_path / "hub.json"
+    photographs = [few.parent / f"{number}.png" for number in range(4)]
+    for photograph, image in zip(photographs, load_from_disk(str(few))["test"]["image"], strict=True):
+        image.save(photograph)
+    with ModelHub({"somebody/run": pushed}) as hub:
+        for model, output in ((folder, expected), ("somebody/run", found)):
+            command = [sys.executable, ROOT / "inference.py", f"--model_path={model}", f"--output={output}"]
+            environment = {**os.environ, **hub.environment(tmp_path / "home")}
+            done = subprocess.run(
+                [*command, *photographs], capture_output=True, text=True, env=environment, timeout=240
+            )
+            assert done.returncode == 0, done.stderr
+        assert "model.safetensors" in hub.fetched("somebody/run")
+    assert found.read_bytes() == expected.read_bytes() and len(json.loads(found.read_text())) == 4
 
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

@@ -2,6 +2,7 @@
 
 import http.client
 import importlib.util
+import json
 import os
 import re
 import shutil
@@ -76,6 +77,19 @@ def test_the_limits_are_those_of_the_command_line(captioner, tmp_path, monkeypat
     with Server({"/big": body(bytes(5000))}) as server:
         monkeypatch.setattr(images.read_bytes, "__kwdefaults__", {"max_bytes": 1000, "timeout": 5, "deadline": 5})
         assert "more than 1,000 bytes" in captioner.address(server.url("/big")).message
+
+
+def test_a_visitor_asks_for_captions_of_its_own_kind(captioner, photo):
+    nothing = {**dict.fromkeys(serve.ASKED), "case": "as-is", "must": "", "without": " ,", "max_words": 0, "seed": 0}
+    plain = captioner.file(str(photo))
+    assert captioner.file(str(photo), nothing) == plain and plain.caption
+    first = plain.caption.split()[0]
+    asked = {"prefix": "A photo of", "case": "sentence", "max_words": 6.0, "without": f"zebra, {first}"}
+    answer = captioner.file(str(photo), nothing | asked)
+    assert answer.message == "" and re.fullmatch(r"A photo of [^A-Z]+\.", answer.caption)
+    assert len(answer.caption.split()) <= 6 and first not in answer.caption.lower().split()[3:]
+    refused = captioner.file(str(photo), nothing | {"must": "dog", "without": "dog"}).message
+    assert "dog" in refused and "--" not in refused
 
 
 def test_captions_are_escaped(captioner, photo, monkeypatch):
@@ -258,6 +272,27 @@ def test_one_button_takes_the_address_or_says_what_is_missing(page, photo):
 
 
 @pytest.mark.slow
+def test_a_caption_as_it_is_asked_for(page, photo):
+    caption, button = page.locator("#caption textarea"), page.get_by_role("button", name="Write a caption")
+    page.locator("input[type=file]").set_input_files(str(photo))
+    page.wait_for_function("document.querySelector('#caption textarea').value")
+    plain = caption.input_value()
+    page.get_by_text("As you ask for it").click()
+    assert page.locator("input:invalid").count() == 0
+    most = page.get_by_label("Words at most")
+    most.fill("5")
+    page.get_by_label("Begins with").fill("A photo of")
+    button.click()
+    page.wait_for_function("document.querySelector('#caption textarea').value.startsWith('A photo of')")
+    assert 3 < len(caption.input_value().split()) <= 5
+    most.fill("0")
+    page.get_by_label("Begins with").fill("")
+    button.click()
+    page.wait_for_function("!document.querySelector('#caption textarea').value.startsWith('A photo of')")
+    assert caption.input_value() == plain
+
+
+@pytest.mark.slow
 def test_nothing_but_the_page_itself_is_served_to_this_machine(page_address, page):
     host, port = page_address.removeprefix("http://").split(":")
     connection = http.client.HTTPConnection(host, int(port), timeout=10)
@@ -270,3 +305,24 @@ def test_nothing_but_the_page_itself_is_served_to_this_machine(page_address, pag
         socket.create_connection((socket.gethostbyname(socket.gethostname()), int(port)), timeout=2).close()
         if socket.gethostbyname(socket.gethostname()).startswith("127."):
             raise OSError("this machine has no other address")
+
+
+# ---- in a container
+
+
+def test_the_dockerfile_copies_and_runs_what_is_there(tmp_path, monkeypatch):
+    import inference
+
+    text = (ROOT / "captioning" / "show" / "Dockerfile").read_text()
+    copied = re.findall(r"^COPY (\S+) ", text, re.MULTILINE)
+    assert copied and all((ROOT / name).exists() for name in copied)
+    pinned = dict(re.findall(r"([\w-]+)==([\w.]+)", (ROOT / "requirements.txt").read_text()))
+    installed = dict(re.findall(r"([\w-]+)==([\w.]+)", text))
+    assert {"onnxruntime", "gradio", "numpy", "pillow"} <= installed.keys() and "torch" not in installed
+    assert {name: pinned.get(name, version) for name, version in installed.items()} == installed
+    command = json.loads(re.search(r"^ENTRYPOINT (.*)$", text, re.MULTILINE)[1])
+    assert command[:2] == ["python", "inference.py"] and command[-2:] == ["--model_path", "/model"]
+    monkeypatch.delenv("CAPTIONING_TOKEN", raising=False)
+    monkeypatch.setattr(serve, "check_gradio", lambda: None)
+    with pytest.raises(InputError, match="choose a password"):  # its flags are known, and others need a token
+        inference.main([*command[2:-1], str(tmp_path)])

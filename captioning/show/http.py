@@ -169,8 +169,9 @@ def make_app(captioner: Any, limits: Limits | None = None, public: bool = False)
         captioner: `serve.Captioner`.
         public: fetch from the internet only, not from this machine or local networks: others may ask.
     """
-    from fastapi import FastAPI, HTTPException, Request
+    from fastapi import FastAPI, Request
     from fastapi.responses import HTMLResponse, JSONResponse
+    from starlette.exceptions import HTTPException
     from starlette.requests import ClientDisconnect
 
     limits = limits or Limits()

@@ -134,13 +134,11 @@ class Captioner:
             return self.bundle
         from captioning.model import constrain
 
-        values = {name: value for name, value in asked.items() if value not in (None, "")}
+        values = {name: value for name, value in asked.items() if value}  # 0, like nothing, asks for nothing
         for name in ("must", "without"):
-            values[name] = tuple(filter(str.strip, values.get(name, "").split(",")))
-        values |= {name: int(values.get(name, 0)) for name in ("min_words", "seed")}
-        values |= {name: int(values[name]) for name in ("max_words", "max_characters") if name in values}
-        if not values.get("temperature"):
-            values.pop("temperature", None)
+            values[name] = tuple(word.strip() for word in values.get(name, "").split(",") if word.strip())
+        numbers = ("min_words", "max_words", "max_characters", "seed")
+        values |= {name: int(values[name]) for name in numbers if name in values}
         wishes = dataclasses.replace(
             self.bundle.wishes or Wishes(), **{name: getattr(Wishes(), name) for name in ASKED} | values
         )
@@ -287,9 +285,14 @@ def _fields(gradio: Any, wishes: Wishes) -> dict[str, Any]:
         prefix = gradio.Textbox(wishes.prefix, label="Begins with", placeholder="A photo of")
         case = gradio.Dropdown(list(CASES), value=wishes.case, label="Letter case")
     with gradio.Row():
-        min_words = gradio.Number(wishes.min_words or None, label="Words at least", precision=0, minimum=0)
-        max_words = gradio.Number(wishes.max_words, label="Words at most", precision=0, minimum=1)
-        max_characters = gradio.Number(wishes.max_characters, label="Characters at most", precision=0, minimum=1)
+        min_words, max_words, max_characters = (
+            gradio.Number(value or 0, label=label, precision=0, minimum=0, info="0: no limit")
+            for value, label in (
+                (wishes.min_words, "Words at least"),
+                (wishes.max_words, "Words at most"),
+                (wishes.max_characters, "Characters at most"),
+            )
+        )
     with gradio.Row():
         must = gradio.Textbox(", ".join(wishes.must), label="With the words", placeholder="dog, red")
         without = gradio.Textbox(", ".join(wishes.without), label="Without the words", placeholder="man, woman")
