@@ -64,9 +64,12 @@ def main(argv: list[str] | None = None) -> int:
 def export(args: Arguments) -> int:
     """Write `--model_path` as ONNX files into `--output`."""
     from captioning.model import onnx_export
+    from captioning.scores import confidence
 
     assert args.output is not None
-    onnx_export.export(args.model_path, args.output)
+    calibration = load_calibration(args)
+    with_it = functools.partial(confidence.write, calibration=calibration) if calibration else None
+    onnx_export.export(args.model_path, args.output, with_it)
     print(args.output)
     return 0
 
@@ -105,9 +108,9 @@ def load_calibration(args: Arguments) -> Calibration | None:
         from captioning.model import parts
 
         folder = parts.resolve(args.model_path, "--model_path")
-    calibration = None if args.exported else confidence.read(folder)
+    calibration = confidence.read(folder)
     if calibration is None and args.min_confidence is not None:
-        raise confidence.missing("--min_confidence", args.model_path)
+        raise confidence.missing("--min_confidence", args.model_path, args.exported)
     return calibration
 
 
@@ -310,7 +313,7 @@ def make_entries(
     else:
         make: Callable[..., Sequence[Any]] = generate
         # How probable a caption is takes a few per cent of the time more: only where it is told.
-        sure = calibration is not None and (args.output is not None or args.min_confidence is not None)
+        sure = calibration is not None and (bool(args.output) or args.metadata or args.min_confidence is not None)
         if args.json or args.alternatives > 1 or sure:
             make = functools.partial(best_captions, count=args.alternatives)
         if not args.exported:
@@ -328,7 +331,7 @@ def make_entries(
             if args.json:
                 entry["tokens"] = entries.token_list(bundle, found[0])
                 if calibration:
-                    entry["words"] = certainty.words(bundle.tokenizer, found[0], calibration)
+                    entry["words"] = certainty.words(bundle, found[0], calibration)
                 entry["seconds"] = {"read": round(picture.seconds, 4), "generate": round(seconds, 4)}
         yield picture.source, entry
 
@@ -515,30 +518,31 @@ def prepared_split(args: Arguments) -> tuple[Split, References]:
 def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[str, Any], dict[int, Judged]]:
     """The model's caption of each image of a split, by id, and the settings that it was generated with.
 
-    The last is how probable the model finds each; empty for an exported folder.
+    The last is how probable the model finds each.
     """
+    from captioning.show import certainty
+
     assert args.data_path is not None
     folder = cli.prepared_folders(args.data_path)[0]  # parts have one image processor
     pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
+    _, best_captions = captioning_functions(args)
+    bundle: Any
     if args.exported:
         from captioning.model import onnx_captioner
 
-        exported = load_exported(args)
-        onnx_captioner.refuse_small_images(exported, folder, args.model_path)
-        make = onnx_captioner.generate
-        predictions = caption_all(exported, pictures, len(split), args.split, make, args.batch_size)
-        return predictions, {"int8": exported.int8, **dataclasses.asdict(exported.decoding)}, {}
-    from captioning.model import explain, parts
-    from captioning.show import certainty
+        bundle = load_exported(args)
+        onnx_captioner.refuse_small_images(bundle, folder, args.model_path)
+        settings = {"int8": bundle.int8, **dataclasses.asdict(bundle.decoding)}
+    else:
+        from captioning.model import parts
 
-    bundle = load_model(args)
-    of_data = parts.load_image_processor(folder, "--data_path")
-    parts.refuse_small_images(of_data, bundle.image_processor, str(folder), args.model_path, args.model_path)
-    made = caption_all(bundle, pictures, len(split), args.split, explain.best_captions, args.batch_size)
-    judged = {image_id: certainty.judged(bundle.tokenizer, best) for image_id, (best, *_) in made.items()}
-    predictions = {image_id: caption.text for image_id, caption in judged.items()}
-    asked = args.wishes.settings() if args.wishes else {}
-    return predictions, {**bundle.model.generation_config.to_diff_dict(), **asked}, judged
+        bundle = load_model(args)
+        of_data = parts.load_image_processor(folder, "--data_path")
+        parts.refuse_small_images(of_data, bundle.image_processor, str(folder), args.model_path, args.model_path)
+        settings = bundle.model.generation_config.to_diff_dict() | (args.wishes.settings() if args.wishes else {})
+    made = caption_all(bundle, pictures, len(split), args.split, best_captions, args.batch_size)
+    judged = {image_id: certainty.judged(bundle, best) for image_id, (best, *_) in made.items()}
+    return {image_id: caption.text for image_id, caption in judged.items()}, settings, judged
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -466,7 +466,7 @@ def score(
 
     pictures = ((image_id, split.image(row)) for row, image_id in enumerate(split.image_id))
     made = caption_all(bundle, pictures, len(split), f"captions of {name}", make=best_captions)
-    judged = {image_id: certainty.judged(bundle.tokenizer, best) for image_id, (best, *_) in made.items()}
+    judged = {image_id: certainty.judged(bundle, best) for image_id, (best, *_) in made.items()}
     predictions = {image_id: caption.text for image_id, caption in judged.items()}
     references = split.references
     found = evaluate(predictions, references, more=more_scores(source)).with_ratio("loss", *losses)

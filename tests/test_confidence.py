@@ -11,8 +11,10 @@ import pytest
 from conftest import caller
 from PIL import Image
 
+import dataloader
 import inference
 from captioning import InputError
+from captioning.data.folder import load_prepared
 from captioning.model import explain
 from captioning.model.captioner import load
 from captioning.scores import confidence
@@ -167,6 +169,37 @@ def test_what_is_less_sure_is_left_to_a_person(run, photos, tmp_path):
     assert (entry["caption"], entry["needs_review"], entry["draft"]) == ("", True, unsure["caption"])
     code, out, _ = run("--image_path", photos, "--min_confidence", 1)
     assert (code, out) == (0, "")
+
+
+def test_files_for_training_have_sure_captions_only(run, photos, tmp_path):
+    """`metadata.jsonl` tells the confidence, a text beside an image does not; what is doubtful has neither."""
+    folder = tmp_path / "photos"
+    shutil.copytree(photos, folder)
+    every = {name: json.loads(run(folder / name, "--json")[1]) for name in ("0.png", "1.png", "2.png")}
+    limit = sorted(entry["confidence"] for entry in every.values())[1]
+    assert run("--image_path", folder, "--metadata", "--sidecar=.txt", "--min_confidence", limit)[0] == 0
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    sure = {name: entry for name, entry in every.items() if entry["confidence"] >= limit}
+    assert {row["file_name"]: row["text"] for row in rows} == {name: one["caption"] for name, one in sure.items()}
+    for row in rows:
+        assert row["confidence"] == pytest.approx(sure[row["file_name"]]["confidence"], abs=1e-3)
+    texts = {file.with_suffix(".png").name: file.read_text() for file in folder.glob("*.txt")}
+    assert texts == {name: one["caption"] + "\n" for name, one in sure.items()}
+    # Without a limit, the same folder is read back as data, the column of numbers aside.
+    shutil.rmtree(folder)
+    shutil.copytree(photos, folder)
+    assert run("--image_path", folder, "--metadata")[0] == 0
+    flags = [
+        f"--data={folder}",
+        "--encoder=tiny",
+        "--decoder=tiny",
+        "--limit_data=0",
+        f"--save_path={tmp_path / 'data'}",
+    ]
+    assert dataloader.main([*flags, "--split=1,1,1"]) == 0
+    splits, _ = load_prepared(tmp_path / "data")
+    kept = {name: own for split in splits.values() for name, own in zip(split.names, split.captions, strict=True)}
+    assert kept == {name: [entry["caption"]] for name, entry in every.items()}
 
 
 def test_a_run_folder_without_it_says_how_to_make_it(run, trained, photos, few, tmp_path):

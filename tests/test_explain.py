@@ -17,6 +17,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from captioning import InputError
 from captioning.data import images
 from captioning.model import captioner, explain, generate, parts
+from captioning.model.caption import words_of
 
 TEXTS = ["a dog runs on the grass", "two cats, a dog and a \N{DOG FACE}!", "don't stop"]
 
@@ -250,11 +251,15 @@ def test_the_region_is_what_the_image_processor_leaves(processor, size):
 @given(st.lists(st.integers(0, 299), max_size=20))
 def test_words_read_as_the_caption_and_no_token_is_in_two(tokens):
     tokenizer = _tokenizer()
-    words = explain.words_of(tokenizer, tokens)
+    words = words_of(reader(tokenizer), tokens)
     assert " ".join(text for text, _ in words) == generate.decode(tokenizer, [tokens])[0]
     used = [position for _, positions in words for position in positions]
     assert used == sorted(set(used)) and set(used) <= set(range(len(tokens)))
     assert all(positions for _, positions in words)
+
+
+def reader(tokenizer):
+    return captioner.Bundle(None, tokenizer, None)
 
 
 def _tokenizer(made=[]):  # noqa: B006 (a cache: hypothesis and fixtures of other scopes do not go together)
@@ -266,7 +271,7 @@ def _tokenizer(made=[]):  # noqa: B006 (a cache: hypothesis and fixtures of othe
 def test_words_not_pieces(tokenizer):
     text = "a zebra \N{DOG FACE}\N{DOG FACE} don't 日本 run, ok ."
     tokens = [*tokenizer(text).input_ids, tokenizer.eos_token_id]
-    words = explain.words_of(tokenizer, tokens)
+    words = words_of(reader(tokenizer), tokens)
     assert [word for word, _ in words] == text.split()
     pieces = {word: generate.decode(tokenizer, [[tokens[i] for i in positions]])[0] for word, positions in words}
     assert pieces["zebra"] == "zebra" and len(words[1][1]) > 1
@@ -274,12 +279,12 @@ def test_words_not_pieces(tokenizer):
     assert pieces["run,"] == "run"  # and at its end it does not
     assert pieces["."] == "."
     assert len(tokens) - 1 not in {i for _, positions in words for i in positions}  # the end token
-    assert explain.words_of(tokenizer, []) == [] == explain.words_of(tokenizer, [tokenizer.eos_token_id])
+    assert words_of(reader(tokenizer), []) == [] == words_of(reader(tokenizer), [tokenizer.eos_token_id])
 
 
 def test_a_words_probability_is_the_product_of_its_tokens(bundle):
     explanation = explain.explain(bundle, picture())
-    words = explain.words_of(bundle.tokenizer, explanation.caption.tokens)
+    words = words_of(bundle, explanation.caption.tokens)
     for word, (text, positions) in zip(explanation.words, words, strict=True):
         expected = math.prod(math.exp(explanation.caption.log_probabilities[i]) for i in positions)
         assert word.text == text and word.probability == pytest.approx(expected)

@@ -1,7 +1,9 @@
 """Captions without PyTorch: the search in numpy, the pixels, and exported graphs, each against the usual path."""
 
+import csv
 import importlib.util
 import json
+import shutil
 import subprocess
 import sys
 
@@ -22,6 +24,8 @@ import inference
 from captioning import InputError
 from captioning.model import captioner, explain, generate, onnx_captioner, parts
 from captioning.model.beam_search import Decoding, search
+from captioning.scores import confidence
+from captioning.show import serve
 
 MISSING = [name for name in ("onnx", "onnxruntime", "onnxscript") if not importlib.util.find_spec(name)]
 needs_onnx = pytest.mark.skipif(
@@ -193,6 +197,7 @@ def test_the_layout_is_that_of_transformers_js(exported, trained):
         "onnx/decoder_model_merged.onnx",
         "onnx/decoder_model_merged_quantized.onnx",
         "config.json",
+        "confidence.json",
         "generation_config.json",
         "preprocessor_config.json",
         "tokenizer.json",
@@ -240,6 +245,8 @@ def test_captions_and_their_scores_are_those_of_pytorch(exported, trained, pictu
         ]
         for one, other in zip(found["tokens"], expected["tokens"], strict=True):
             assert one["log_probability"] == pytest.approx(other["log_probability"], abs=1e-3)
+        assert found["confidence"] == pytest.approx(expected["confidence"], abs=1e-3)
+        assert [word["text"] for word in found["words"]] == [word["text"] for word in expected["words"]]
 
 
 def test_plain_captions_do_not_depend_on_the_batch(exported, trained, pictures, capsys):
@@ -271,6 +278,25 @@ def test_a_split_is_scored_as_with_pytorch(exported, trained, prepared, capsys, 
         )
     assert scores[0] == scores[1]
     assert (tmp_path / "run.json").read_bytes() == (tmp_path / "exported.json").read_bytes()
+
+
+def test_an_export_knows_how_sure_it_is(exported, trained, pictures, capsys, tmp_path):
+    assert confidence.read(exported) == confidence.read(trained)
+    tables = []
+    for model in (trained, exported):
+        output = tmp_path / f"{model.name}.csv"
+        flags = [f"--model_path={model}", f"--image_path={pictures}", f"--output={output}", "--device=cpu"]
+        assert call(capsys, *flags, "--min_confidence=1")[0] == 0
+        tables.append([(row["path"], row["draft"]) for row in csv.DictReader(output.open())])
+    assert tables[0] == tables[1] and all(draft for _, draft in tables[0])
+    answer = serve.Captioner(onnx_captioner.load(exported), calibration=confidence.read(exported))
+    assert answer.file(str(pictures / "1.png")).sure.startswith("Confidence: ")
+    folder = tmp_path / "earlier"
+    shutil.copytree(exported, folder, ignore=shutil.ignore_patterns("confidence.json"))
+    (entry,) = without_seconds(call(capsys, f"--model_path={folder}", "--json", pictures / "1.png")[1])
+    assert "confidence" not in entry and "words" not in entry
+    with pytest.raises(InputError, match=r"needs confidence.json, which .* lacks; export a run folder that has it"):
+        inference.main([f"--model_path={folder}", "--min_confidence=0.5", str(pictures / "1.png")])
 
 
 def test_no_torch_is_loaded(exported, pictures):

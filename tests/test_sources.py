@@ -1,7 +1,9 @@
 """What --image_path names: folders, patterns, lists, archives; and what is wrong with them, in one sentence."""
 
+import gzip
 import io
 import os
+import random
 import sys
 import tarfile
 import zipfile
@@ -11,6 +13,7 @@ import pytest
 from PIL import Image
 
 from captioning import InputError
+from captioning.data import packed
 from captioning.data.sources import expand, part_of, pictures
 
 
@@ -141,7 +144,18 @@ MEMBERS = {
 }
 
 
-@pytest.mark.parametrize(("make", "name"), [(make_zip, "x.zip"), (make_tar, "x.tar")])
+def make_packed(path, members):
+    return make_tar(path, members, f"w:{path.name.rpartition('.')[2].replace('tgz', 'gz')}")
+
+
+KINDS = [
+    (make_zip, "x.zip"),
+    (make_tar, "x.tar"),
+    *((make_packed, f"x.{ending}") for ending in ("tgz", "tar.gz", "tar.bz2", "tar.xz")),
+]
+
+
+@pytest.mark.parametrize(("make", "name"), KINDS)
 def test_an_archive_is_read_in_place(tmp_path, make, name):
     path = make(tmp_path / name, MEMBERS)
     found = expand([str(path)])
@@ -151,7 +165,7 @@ def test_an_archive_is_read_in_place(tmp_path, make, name):
     assert sorted(file.name for file in tmp_path.iterdir()) == [name]
 
 
-@pytest.mark.parametrize(("make", "name"), [(make_zip, "x.zip"), (make_tar, "x.tar")])
+@pytest.mark.parametrize(("make", "name"), KINDS)
 def test_what_is_wrong_with_one_member_is_said_of_it(tmp_path, make, name):
     path = make(tmp_path / name, {"../../up.jpg": jpeg(), "/abs.jpg": jpeg(), "bad.jpg": b"text", "good.jpg": jpeg()})
     reasons = []
@@ -159,6 +173,62 @@ def test_what_is_wrong_with_one_member_is_said_of_it(tmp_path, make, name):
     assert [picture.source.inner for picture in read] == ["good.jpg"]
     assert sum("its name leaves the archive" in reason for reason in reasons) == 2
     assert any("bad.jpg" in reason and "not a" in reason for reason in reasons)
+
+
+def test_a_compressed_tar_is_read_in_one_pass(tmp_path, monkeypatch):
+    """In its own order, whatever is left out; and any order gives what a plain tar gives."""
+    members = {f"{(7 * number) % 40:02}.jpg": jpeg((number, 0, 0)) for number in range(40)}
+    plain = expand([str(make_tar(tmp_path / "x.tar", members))])
+    sources = expand([str(make_packed(tmp_path / "x.tar.gz", members))])
+    assert [source.inner for source in sources] == list(members)
+    assert sorted(source.inner for source in sources) == [source.inner for source in plain]
+    places = []
+    seek = packed.Unpacked.seek
+    monkeypatch.setattr(packed.Unpacked, "seek", lambda self, at, *more: places.append(at) or seek(self, at, *more))
+    for some in (sources, sources[1::3], part_of(sources, (2, 2))):
+        places.clear()
+        read = list(pictures(some, 64, None, 4, lambda source, reason: pytest.fail(reason)))
+        assert [picture.source for picture in read] == some and places == sorted(places)
+    assert {source.inner: source.read() for source in sources[::-1]} == members
+    assert {source.inner: source.read() for source in plain} == members
+
+
+def test_a_compressed_tar_that_is_more_than_it_says(tmp_path, monkeypatch, capsys):
+    def made(name, chunks):
+        path = tmp_path / name
+        with gzip.open(path, "wb", compresslevel=1) as file:
+            file.writelines(chunks)
+        return str(path)
+
+    def header(name, size, kind=tarfile.REGTYPE):
+        info = tarfile.TarInfo(name)
+        info.size, info.type = size, kind
+        return info.tobuf(tarfile.GNU_FORMAT)
+
+    monkeypatch.setattr(packed, "ALWAYS_ALLOWED", 10_000_000)
+    bomb = made("bomb.tar.gz", [header("a.jpg", 10_000_000), bytes(10_000_000), bytes(1024)])
+    with pytest.raises(InputError, match=r"bomb.tar.gz' unpacks to more than [\d,]+ bytes.*tar -xf '.*name the folder"):
+        expand([bomb])
+    claims = made("claims.tar.gz", [header("a.jpg", 8**11 - 1), bytes(1024)])
+    with pytest.raises(InputError, match="unpacks to more than"):
+        expand([claims])
+    long = made("long.tar.gz", [header("././@LongLink", 60_000_000, tarfile.GNUTYPE_LONGNAME)])
+    with pytest.raises(InputError, match="is no whole tar behind its compression; get it again"):
+        expand([long])
+    with pytest.raises(InputError, match="is no whole tar behind its compression"):
+        expand([made("text.tar.gz", [b"hello" * 300])])
+    noise = {f"{number}.jpg": jpeg() + random.Random(number).randbytes(5000) for number in range(9)}
+    whole = make_packed(tmp_path / "whole.tar.gz", noise)
+    cut = tmp_path / "cut.tar.gz"
+    cut.write_bytes(whole.read_bytes()[: whole.stat().st_size // 2])
+    capsys.readouterr()
+    sources, reasons = expand([str(cut)]), []
+    read = list(pictures(sources, 64, None, 4, lambda source, reason: reasons.append(reason)))
+    assert 0 < len(read) < 9 and len(read) + len(reasons) == len(sources)
+    assert "is cut short" in capsys.readouterr().err
+    monkeypatch.setattr(packed, "MOST_MEMORY", 1_000_000)
+    with pytest.raises(InputError, match="needs more than 1,000,000 bytes of memory; compress it again with xz -6"):
+        expand([str(make_packed(tmp_path / "x.tar.xz", MEMBERS))])
 
 
 def test_a_zip_that_is_more_than_it_says(tmp_path):
@@ -206,10 +276,12 @@ def test_archives_that_are_none(tmp_path, capsys, monkeypatch):
         ("text.zip", b"hello", "is not a whole zip archive"),
         ("cut.zip", zipped[: len(zipped) // 2], "is not a whole zip archive"),
         ("empty.zip", b"PK\x05\x06" + bytes(18), "holds no images"),
-        ("text.tar", b"hello" * 300, "is not a whole tar"),
+        ("text.tar", b"hello" * 300, "is no whole tar"),
         ("empty.tar", bytes(10240), "holds no images"),
-        ("packed.tar", make_tar(tmp_path / "p.tar.gz", MEMBERS, "w:gz").read_bytes(), "compressed as a whole"),
-        ("packed.tar.gz", b"\x1f\x8b", "compressed as a whole"),
+        ("packed.tar.gz", b"\x1f\x8b", "is no whole tar behind its compression; get it again"),
+        ("photo.jpg.gz", b"", "is not read in place; unpack it with gunzip '.*photo.jpg.gz', and name what it has"),
+        ("x.tar.zst", b"", "unpack it with tar --zstd -xf"),
+        ("x.7z", b"", "unpack it with 7z x"),
     ):
         path = tmp_path / name
         path.write_bytes(data)

@@ -3,8 +3,8 @@
     for source in expand(["photos/", "more.zip", "list.txt", "https://host/photo.jpg"]):
         image = source.image()        # RGB, upright, through the one door of `images`
 
-An archive (.zip, .tar) is read where it lies; nothing is unpacked. A list (.txt, or `-` for stdin) names a path in each
-line, or ends each with a NUL, as `find -print0` does.
+An archive (.zip, .tar, .tar.gz) is read where it lies; nothing is unpacked onto the disk. A list (.txt, or `-` for
+stdin) names a path in each line, or ends each with a NUL, as `find -print0` does.
 """
 
 # ruff: noqa: PTH100, PTH110, PTH114, PTH118, PTH119, PTH120, PTH122 (strings: a million Paths take half a gigabyte)
@@ -19,6 +19,7 @@ import os
 import struct
 import sys
 import tarfile
+import threading
 import time
 import zipfile
 import zlib
@@ -26,17 +27,25 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from PIL import Image
 
 from captioning import InputError, cli
-from captioning.data import images
+from captioning.data import images, packed
 from captioning.data.fetch import MAX_BYTES
 from captioning.data.images import SUFFIXES, ImageError
 
-ARCHIVES = (".zip", ".tar")
-COMPRESSED = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".gz", ".7z", ".rar")
+TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
+ARCHIVES = (".zip", *TARS)
+# Others, and what unpacks them.
+UNPACKED_BY = {
+    ".tar.zst": "tar --zstd -xf",
+    ".tzst": "tar --zstd -xf",
+    ".gz": "gunzip",
+    ".7z": "7z x",
+    ".rar": "unrar x",
+}
 LISTS = (".txt", ".lst", ".list")
 # An archive's list of contents is held in memory.
 MOST_MEMBERS = 1_000_000
@@ -49,7 +58,7 @@ class Source:
 
     Attributes:
         path: a file or an address; of an image in an archive, the archive.
-        member: of an archive: a `ZipInfo`, or the offset and the size in a tar.
+        member: of an archive: a `ZipInfo`, or the offset and the size in a tar, compressed or not.
         inner: the name in the archive.
         root: the folder below which it was found, where a folder was named.
     """
@@ -87,14 +96,23 @@ class Source:
         read = _read_in_zip if isinstance(self.member, zipfile.ZipInfo) else _read_in_tar
         return read(self.path, self.member, self.name)
 
-    def image(self, min_side: int | None = None) -> Image.Image:
+    @property
+    def in_turn(self) -> bool:
+        """Whether it is to be read after those before it: going back in its archive takes a new pass."""
+        return isinstance(self.member, _Packed)
+
+    def image(self, min_side: int | None = None, data: bytes | None = None) -> Image.Image:
         """The image in mode RGB; `min_side` as in `images.decode`.
+
+        Args:
+            data: what `read` returned, where it has been called.
 
         Raises:
             InputError: it is no image, or cannot be read.
         """
         name = self.name if self.inner else self.path
-        return images.to_rgb(images.decode(self.read(), name, min_side=min_side), name)
+        data = self.read() if data is None else data
+        return images.to_rgb(images.decode(data, name, min_side=min_side), name)
 
 
 # ---- what the command line names -> sources
@@ -145,10 +163,13 @@ def _file(path: str) -> list[Source]:
     lowered = path.lower()
     if lowered.endswith(".zip"):
         return _zip_members(path)
-    if lowered.endswith(".tar"):
+    if lowered.endswith(TARS):
         return _tar_members(path)
-    if lowered.endswith(COMPRESSED):
-        raise InputError(f"'{path}' is compressed as a whole; unpack it first, or make a .zip or a .tar of it")
+    for ending, command in UNPACKED_BY.items():
+        if lowered.endswith(ending):
+            raise InputError(
+                f"'{path}' is not read in place; unpack it with {command} '{path}', and name what it holds"
+            )
     return [Source(path)]
 
 
@@ -212,7 +233,7 @@ def _zip_members(path: str) -> list[Source]:
     infos = {info.filename: info for info in _zip(path).infolist() if not info.is_dir() and _is_member(info.filename)}
     if infos and all(info.flag_bits & 1 for info in infos.values()):
         raise InputError(f"'{path}' is encrypted; unpack it with its password, and name the folder")
-    return _members(path, infos)
+    return _members(path, dict(sorted(infos.items())))
 
 
 @functools.lru_cache(maxsize=4)
@@ -259,27 +280,42 @@ def _read_in_zip(path: str, info: zipfile.ZipInfo, name: str) -> bytes:
     return data
 
 
+class _Packed(NamedTuple):
+    """Where a member of a compressed tar lies in what it unpacks to, in bytes."""
+
+    at: int
+    size: int
+
+
 def _tar_members(path: str) -> list[Source]:
+    """The images of a tar by name; of a compressed one, in its own order."""
     found: dict[str, Any] = {}
     count = 0
+    compressed = ""
     try:
-        with tarfile.open(path, "r:") as tar:
+        compressed = packed.kind(path)
+        with packed.open_tar(path) as tar:
             for member in tar:
                 tar.members = []  # type: ignore[attr-defined]  # it would keep all of them
                 count += 1
                 if count > MOST_MEMBERS:
                     raise InputError(f"'{path}' holds more than {MOST_MEMBERS:,} files; divide it")
                 if member.isreg() and not member.issparse() and _is_member(member.name):
-                    found[member.name] = (member.offset_data, member.size)
-    except (tarfile.TarError, OSError, ValueError, EOFError, struct.error) as error:
+                    where = (member.offset_data, member.size)
+                    found.pop(member.name, None)  # the last one of a name counts, and stands where it lies
+                    found[member.name] = _Packed(*where) if compressed else where
+    except (tarfile.TarError, struct.error, *packed.ERRORS) as error:
         if not found:
-            with open(path, "rb") as file:  # noqa: PTH123
-                start = file.read(6)
-            packed = start.startswith((b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd"))
-            what = "it is compressed as a whole; unpack it first" if packed else "it is not a whole tar; get it again"
-            raise InputError(f"cannot read '{path}': {what} ({error})") from None
+            what = f"it is no whole tar{' behind its compression' if compressed else ''}"
+            raise InputError(f"cannot read '{path}': {what}; get it again ({error})") from None
         cli.note(f"'{path}' is cut short: the {len(found):,} images before that are used")
-    return _members(path, found)
+    return _members(path, found if compressed else dict(sorted(found.items())))
+
+
+@functools.lru_cache(maxsize=4)
+def _unpacked(path: str) -> tuple[packed.Unpacked, threading.Lock]:
+    """An open compressed tar, which one thread reads at a time."""
+    return packed.Unpacked(path), threading.Lock()
 
 
 def _read_in_tar(path: str, member: tuple[int, int], name: str) -> bytes:
@@ -287,11 +323,17 @@ def _read_in_tar(path: str, member: tuple[int, int], name: str) -> bytes:
     if size > MAX_BYTES:
         raise ImageError(name, f"more than {MAX_BYTES:,} bytes", "make the image smaller")
     try:
+        if isinstance(member, _Packed):
+            stream, turn = _unpacked(path)
+            with turn:
+                stream.seek(at)
+                return stream.read(size)
         with open(path, "rb") as file:  # noqa: PTH123
             file.seek(at)
             return file.read(size)
-    except OSError as error:
-        raise InputError(f"cannot read '{name}': {error.strerror}; get the archive again") from None
+    except packed.ERRORS as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        raise InputError(f"cannot read '{name}': {reason}; get the archive again") from None
 
 
 def _is_member(name: str) -> bool:
@@ -302,7 +344,7 @@ def _is_member(name: str) -> bool:
 def _members(path: str, found: dict[str, Any]) -> list[Source]:
     if not found:
         raise InputError(f"archive '{path}' holds no images ({', '.join(sorted(SUFFIXES))})")
-    return [Source(path, found[name], name) for name in sorted(found)]
+    return [Source(path, member, name) for name, member in found.items()]
 
 
 # ---- reading ahead
@@ -337,21 +379,30 @@ def pictures(
         failed: told of each image that cannot be read, and why.
     """
 
-    def read(source: Source) -> Picture | InputError:
+    def read(source: Source, data: bytes | InputError | None) -> Picture | InputError:
         began = time.perf_counter()
+        if isinstance(data, InputError):
+            return data
         try:
-            image = source.image(min_side=side)
+            image = source.image(side, data)
             content = prepare(image) if prepare else image
         except InputError as error:
             return error
         return Picture(source, content, time.perf_counter() - began)
+
+    def in_turn(source: Source) -> bytes | InputError | None:
+        try:
+            return source.read() if source.in_turn else None
+        except InputError as error:
+            return error
 
     pool = ThreadPoolExecutor(min(8, os.cpu_count() or 1))
     try:
         waiting: list[tuple[Source, Future[Picture | InputError]]] = []
         for position in range(len(sources) + ahead):
             if position < len(sources):
-                waiting.append((sources[position], pool.submit(read, sources[position])))
+                source = sources[position]
+                waiting.append((source, pool.submit(read, source, in_turn(source))))
             if position >= ahead or position >= len(sources):
                 if not waiting:
                     return

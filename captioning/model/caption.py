@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from captioning import cli
+from captioning.model import wishes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -61,6 +62,56 @@ def ranked(
         score = math.fsum(values[given:length]) / (length - given) ** penalty
         found[image].setdefault(text, Caption(text, score, ids[:length], values[:length], given))
     return [sorted(captions.values(), key=lambda caption: -caption.score) for captions in found]
+
+
+# ---- words; a bundle is a `captioner.Bundle` or an `onnx_captioner.OnnxBundle`
+
+
+def shown_words(bundle: Any, caption: Caption) -> list[tuple[str, list[int]]]:
+    """The words of a caption as it is shown, each with the positions of its tokens."""
+    raw = words_of(bundle, caption.tokens)
+    return [(text, raw[first][1]) for text, first in wishes.shown([text for text, _ in raw], caption.text)]
+
+
+def chosen_words(bundle: Any, caption: Caption) -> list[tuple[str, float]]:
+    """The words that the model chose, those of a prefix aside, each with its log-probability."""
+    return [
+        (text, math.fsum(caption.log_probabilities[i] for i in tokens))
+        for text, tokens in shown_words(bundle, caption)
+        if tokens[-1] >= caption.given
+    ]
+
+
+def words_of(bundle: Any, tokens: Sequence[int]) -> list[tuple[str, list[int]]]:
+    """The words of a caption, each with the positions of its tokens.
+
+    Words are what white space separates, and read together they are the decoded caption. Special tokens belong to none,
+    and neither do tokens of punctuation that end a word: where a model looks for a full stop says nothing of the word.
+    """
+    kept = [position for position, token in enumerate(tokens) if token not in bundle.special_tokens]
+    if not kept:
+        return []
+    # A token may be half a letter: what counts is how many words can be read by then.
+    prefixes = [[tokens[position] for position in kept[: end + 1]] for end in range(len(kept))]
+    read = bundle.decode(prefixes)
+    words = read[-1].split()
+    counts = [len(text.split()) for text in read]
+    for i in reversed(range(len(counts) - 1)):
+        counts[i] = min(counts[i], counts[i + 1])  # half a letter that turns out to be a space
+    groups: dict[int, list[int]] = {}
+    for count, position in zip(counts, kept, strict=True):
+        groups.setdefault(max(count, 1), []).append(position)
+    found, done = [], 0
+    for count, positions in groups.items():
+        if count > len(words):
+            break  # white space alone
+        alone = bundle.decode([[tokens[position]] for position in positions])
+        end = len(positions)
+        while end > 1 and not any(char.isalnum() for char in alone[end - 1]):
+            end -= 1
+        found.append((" ".join(words[done:count]), positions[:end]))
+        done = count
+    return found
 
 
 # ---- many images

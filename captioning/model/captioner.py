@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -92,9 +92,26 @@ class Bundle:
         """uint8 pixels (3, height, width) of images -> normalised, (images, 3, height, width), on its device."""
         return self.pixels.normalise(torch.from_numpy(np.stack(pictures)).to(self.model.device))
 
+    @functools.cached_property
+    def special_tokens(self) -> frozenset[int]:
+        """The ids that stand for no text, such as the end token's."""
+        return frozenset(self.tokenizer.all_special_ids)
+
+    def decode(self, tokens: torch.Tensor | Sequence[Sequence[int]]) -> list[str]:
+        """As the function of that name."""
+        return decode(self.tokenizer, tokens)
+
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         """Each token by itself as text, special tokens too."""
         return self.tokenizer.batch_decode([[token] for token in tokens], clean_up_tokenization_spaces=False)
+
+
+def decode(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor | Sequence[Sequence[int]]) -> list[str]:
+    """Token ids (batch, length) -> captions, special tokens left out and white space tidied."""
+    texts = tokenizer.batch_decode(
+        cast(torch.Tensor, tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
+    )
+    return [" ".join(text.split()) for text in texts]
 
 
 # ---- build

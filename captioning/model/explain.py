@@ -17,12 +17,11 @@ import numpy as np
 import torch
 from PIL import Image
 from torch.nn.utils.rnn import pad_sequence
-from transformers import PreTrainedTokenizerBase
 from transformers.modeling_outputs import BaseModelOutput
 
 from captioning import InputError
-from captioning.model import constrain, wishes
-from captioning.model.caption import Caption, ranked
+from captioning.model import constrain
+from captioning.model.caption import Caption, ranked, shown_words
 from captioning.model.captioner import Bundle
 from captioning.model.generate import decode, generate_tokens
 
@@ -132,7 +131,7 @@ def explain(
     rows, columns = patch_grid(states.shape[1], values.shape[-2:], bundle.model.encoder.config)
     attention = cross_attention(bundle, states, best.tokens, layers)[:, -rows * columns :]
     words = []
-    for text, tokens in shown_words(bundle.tokenizer, best):
+    for text, tokens in shown_words(bundle, best):
         probability = math.exp(math.fsum(best.log_probabilities[i] for i in tokens))
         looked = attention[tokens].mean(0).reshape(rows, columns)
         words.append(Word(text, probability, looked, tokens[-1] < best.given))
@@ -218,51 +217,3 @@ def seen_region(image_processor, width: int, height: int) -> tuple[float, float,
     share = [min(1.0, crop[side] / pixels) for side, pixels in zip(("width", "height"), resized, strict=True)]
     left, top = ((1 - part) / 2 for part in share)
     return (left, top, 1 - left, 1 - top)
-
-
-def shown_words(tokenizer: PreTrainedTokenizerBase, caption: Caption) -> list[tuple[str, list[int]]]:
-    """The words of a caption as it is shown, each with the positions of its tokens."""
-    raw = words_of(tokenizer, caption.tokens)
-    return [(text, raw[first][1]) for text, first in wishes.shown([text for text, _ in raw], caption.text)]
-
-
-def chosen_words(tokenizer: PreTrainedTokenizerBase, caption: Caption) -> list[tuple[str, float]]:
-    """The words that the model chose, those of a prefix aside, each with its log-probability."""
-    return [
-        (text, math.fsum(caption.log_probabilities[i] for i in tokens))
-        for text, tokens in shown_words(tokenizer, caption)
-        if tokens[-1] >= caption.given
-    ]
-
-
-def words_of(tokenizer: PreTrainedTokenizerBase, tokens: Sequence[int]) -> list[tuple[str, list[int]]]:
-    """The words of a caption, each with the positions of its tokens.
-
-    Words are what white space separates, and read together they are the decoded caption. Special tokens belong to none,
-    and neither do tokens of punctuation that end a word: where a model looks for a full stop says nothing of the word.
-    """
-    special = set(tokenizer.all_special_ids)
-    kept = [position for position, token in enumerate(tokens) if token not in special]
-    if not kept:
-        return []
-    # A token may be half a letter: what counts is how many words can be read by then.
-    prefixes = [[tokens[position] for position in kept[: end + 1]] for end in range(len(kept))]
-    read = decode(tokenizer, prefixes)
-    words = read[-1].split()
-    counts = [len(text.split()) for text in read]
-    for i in reversed(range(len(counts) - 1)):
-        counts[i] = min(counts[i], counts[i + 1])  # half a letter that turns out to be a space
-    groups: dict[int, list[int]] = {}
-    for count, position in zip(counts, kept, strict=True):
-        groups.setdefault(max(count, 1), []).append(position)
-    found, done = [], 0
-    for count, positions in groups.items():
-        if count > len(words):
-            break  # white space alone
-        alone = decode(tokenizer, [[tokens[position]] for position in positions])
-        end = len(positions)
-        while end > 1 and not any(char.isalnum() for char in alone[end - 1]):
-            end -= 1
-        found.append((" ".join(words[done:count]), positions[:end]))
-        done = count
-    return found

@@ -11,12 +11,11 @@ from transformers import (
     DynamicCache,
     EncoderDecoderCache,
     LogitsProcessorList,
-    PreTrainedTokenizerBase,
     VisionEncoderDecoderModel,
 )
 
 from captioning.model import constrain
-from captioning.model.captioner import Bundle
+from captioning.model.captioner import Bundle, decode
 
 
 class _BeamCache(EncoderDecoderCache):
@@ -85,11 +84,3 @@ def generate(bundle: Bundle, pixel_values: torch.Tensor, **settings) -> list[str
         found = constrain.search(generate_tokens, bundle, states, 1, pixel_values, **settings)
         return [best.text for best, *_ in found]
     return decode(bundle.tokenizer, generate_tokens(bundle.model, states, **settings))
-
-
-def decode(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor | Sequence[Sequence[int]]) -> list[str]:
-    """Token ids (batch, length) -> captions, special tokens left out and white space tidied."""
-    texts = tokenizer.batch_decode(
-        cast(torch.Tensor, tokens), skip_special_tokens=True, clean_up_tokenization_spaces=False
-    )
-    return [" ".join(text.split()) for text in texts]

@@ -10,6 +10,7 @@ and give.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -103,6 +104,17 @@ class OnnxBundle:
     decoding: Decoding
     positions: int  # that the decoder has for a caption's tokens
     int8: bool
+
+    @functools.cached_property
+    def special_tokens(self) -> frozenset[int]:
+        """The ids that stand for no text, such as the end token's."""
+        added = self.tokenizer.get_added_tokens_decoder()
+        return frozenset(token for token, one in added.items() if one.special)
+
+    def decode(self, tokens: Sequence[Sequence[int]]) -> list[str]:
+        """Token ids -> captions, special tokens left out and white space tidied."""
+        texts = self.tokenizer.decode_batch(tokens, skip_special_tokens=True)
+        return [" ".join(text.split()) for text in texts]
 
     def token_texts(self, tokens: Sequence[int]) -> list[str]:
         """Each token by itself as text, special tokens too."""
@@ -233,7 +245,7 @@ def encode(bundle: OnnxBundle, pixel_values: np.ndarray) -> np.ndarray:
 def generate(bundle: OnnxBundle, pixel_values: np.ndarray) -> list[str]:
     """Captions for normalised pixels (batch, 3, height, width), one per image, in order."""
     states = encode(bundle, pixel_values)
-    return decode(bundle, beam_search.search(Rows(bundle, states), len(states), bundle.decoding).tolist())
+    return bundle.decode(beam_search.search(Rows(bundle, states), len(states), bundle.decoding).tolist())
 
 
 def best_captions(bundle: OnnxBundle, pixel_values: np.ndarray, count: int = 1) -> list[list[Caption]]:
@@ -251,14 +263,8 @@ def best_captions(bundle: OnnxBundle, pixel_values: np.ndarray, count: int = 1) 
         chosen += np.take_along_axis(values, part[:, 1:, None], 2)[..., 0].tolist()
     generated = sequences[:, 1:].tolist()
     of_image = (row // count for row in range(len(generated)))
-    rows = zip(of_image, decode(bundle, generated), generated, chosen, strict=True)
+    rows = zip(of_image, bundle.decode(generated), generated, chosen, strict=True)
     return ranked(rows, len(states), settings.end, settings.length_penalty)
-
-
-def decode(bundle: OnnxBundle, tokens: Sequence[Sequence[int]]) -> list[str]:
-    """Token ids -> captions, special tokens left out and white space tidied."""
-    texts = bundle.tokenizer.decode_batch(tokens, skip_special_tokens=True)
-    return [" ".join(text.split()) for text in texts]
 
 
 def refuse_small_images(bundle: OnnxBundle, data_path: Path, model_path: str) -> None:

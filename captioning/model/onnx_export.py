@@ -8,6 +8,7 @@
       onnx/encoder_model_quantized.onnx     weights of 8 bits, one scale for each output channel
       onnx/decoder_model_merged_quantized.onnx
       config.json  generation_config.json  preprocessor_config.json  tokenizer.json  tokenizer_config.json
+      confidence.json                       how sure captions are, where the run folder says it
 
 The encoder takes and gives:
 
@@ -39,7 +40,7 @@ import os
 import shutil
 import tempfile
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -73,10 +74,13 @@ def check_installed() -> None:
             ) from None
 
 
-def export(path: str | os.PathLike, output: Path) -> None:
+def export(path: str | os.PathLike, output: Path, complete: Callable[[Path], None] | None = None) -> None:
     """Write the captioner of a run folder as ONNX files into `output`, which is whole or not there.
 
     Each graph is compared with PyTorch, and the pixels with the image processor's, before the folder gets its name.
+
+    Args:
+        complete: writes into the folder what else belongs there.
 
     Raises:
         InputError: a package is missing, `output` holds something, or the captioner cannot be exported.
@@ -97,6 +101,8 @@ def export(path: str | os.PathLike, output: Path) -> None:
         expected = _expected(bundle)
         _write_graphs(bundle, part / "onnx", what)
         _compare(expected, part, what)
+        if complete:
+            complete(part)
         if output.is_dir():
             output.rmdir()
         part.replace(output)

@@ -231,8 +231,12 @@ def read(folder: Path) -> Calibration | None:
         raise InputError(f"'{file}' is no calibration of captions ({reason}); make it again with --calibrate") from None
 
 
-def missing(flag: str, model_path: str) -> InputError:
-    """What to say where a flag needs a calibration and the run folder has none."""
+def missing(flag: str, model_path: str, exported: bool) -> InputError:
+    """What to say where a flag needs a calibration and the folder, of a run or `exported`, has none."""
+    if exported:
+        return InputError(
+            f"{flag} needs {FILE}, which '{model_path}' lacks; export a run folder that has it, or copy it from there"
+        )
     return InputError(
         f"{flag} needs {FILE}, which '{model_path}' lacks; make it with: python inference.py --model_path {model_path} "
         "--data_path DATA --split validation --calibrate"

@@ -38,7 +38,7 @@ class Arguments:
     image_path: list[str] | None = flag(
         None,
         WHAT,
-        "URLs, files, folders, globs, archives (.zip, .tar), lists of paths (.txt, or - for stdin)",
+        "URLs, files, folders, globs, archives (.zip, .tar, .tar.gz), lists of paths (.txt, or - for stdin)",
         metavar="PATH",
     )
     model_path: str = flag("vit-gpt2-coco", WHAT, "a run folder (default: ./vit-gpt2-coco)")

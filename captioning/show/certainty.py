@@ -1,25 +1,28 @@
 """How sure each caption is, and which of its words are doubtful, as people are told it.
 
-judged(bundle.tokenizer, caption)                   # what a calibration takes
-words(bundle.tokenizer, caption, calibration)       # [{"text", "log_probability", "confidence", "doubtful"}]
+judged(bundle, caption)                   # what a calibration takes
+words(bundle, caption, calibration)       # [{"text", "log_probability", "confidence", "doubtful"}]
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from transformers import PreTrainedTokenizerBase
-
-from captioning.model.explain import Caption, Word, chosen_words
+from captioning.model.caption import Caption, chosen_words
 from captioning.scores.confidence import Calibration, Judged
 
+if TYPE_CHECKING:
+    from captioning.model.captioner import Bundle
+    from captioning.model.explain import Word
+    from captioning.model.onnx_captioner import OnnxBundle
 
-def judged(tokenizer: PreTrainedTokenizerBase, caption: Caption) -> Judged:
+
+def judged(bundle: Bundle | OnnxBundle, caption: Caption) -> Judged:
     """A caption as a calibration takes it."""
     tokens = len(caption.tokens) - caption.given
-    return Judged(caption.text, caption.mean, tokens, chosen_words(tokenizer, caption))
+    return Judged(caption.text, caption.mean, tokens, chosen_words(bundle, caption))
 
 
 def confidence(caption: Caption, calibration: Calibration) -> float:
@@ -27,7 +30,7 @@ def confidence(caption: Caption, calibration: Calibration) -> float:
     return calibration.caption(Judged(caption.text, caption.mean, len(caption.tokens) - caption.given))
 
 
-def words(tokenizer: PreTrainedTokenizerBase, caption: Caption, calibration: Calibration) -> list[dict[str, Any]]:
+def words(bundle: Bundle | OnnxBundle, caption: Caption, calibration: Calibration) -> list[dict[str, Any]]:
     """The words that the model chose, each with its confidence; those of a prefix are not judged."""
     return [
         {
@@ -36,7 +39,7 @@ def words(tokenizer: PreTrainedTokenizerBase, caption: Caption, calibration: Cal
             "confidence": round(calibration.of_word(value), 4),
             "doubtful": calibration.doubtful(value),
         }
-        for text, value in chosen_words(tokenizer, caption)
+        for text, value in chosen_words(bundle, caption)
     ]
 
 

@@ -341,7 +341,8 @@ class Outputs:
 
     Args:
         output: a file of captions, see `Captions`.
-        metadata: the `metadata.jsonl` of a folder, with the keys `file_name` and `text`.
+        metadata: the `metadata.jsonl` of a folder, with the keys `file_name`, `text` and, where it is known,
+            `confidence`.
         sidecars: see `Sidecars`.
     """
 
@@ -386,7 +387,8 @@ class Outputs:
         if entry.get("needs_review"):
             return  # there is a draft, and no caption
         if self.metadata and not self.metadata.has(_below_root(source)):
-            self.metadata.write({"file_name": _below_root(source), "text": entry["caption"]})
+            sure = {"confidence": entry["confidence"]} if "confidence" in entry else {}
+            self.metadata.write({"file_name": _below_root(source), "text": entry["caption"], **sure})
         if self.sidecars and not self.sidecars.has(source):
             self.sidecars.write(source, entry["caption"])
 

@@ -190,6 +190,8 @@ class Captioner:
             return explain.best_captions(self.bundle, values, options.alternatives)[0]
 
     def _answer(self, source: str | Path, name: str, asked: Mapping[str, Any] | None) -> Answer:
+        from captioning.show import certainty
+
         explanation = sure = ""
         try:
             bundle = self._asked(asked)
@@ -199,16 +201,16 @@ class Captioner:
                     found = self._best(image, http.Options(alternatives=self.alternatives))
             else:
                 from captioning.model import explain
-                from captioning.show import certainty
 
                 with self.turn:
                     explained = explain.explain(bundle, image, self.alternatives, self.layers)
                 words = certainty.explained(explained.words, self.calibration)
                 found, explanation = explained.alternatives, _explanation(image, explained, words)
-                if self.calibration:
-                    sure = f"Confidence: {100 * certainty.confidence(found[0], self.calibration):.0f} %"
-                    if doubtful := [word["text"] for word in words if word["doubtful"]]:
-                        sure += f"; doubtful: {', '.join(doubtful)}"
+            if self.calibration:
+                sure = f"Confidence: {100 * certainty.confidence(found[0], self.calibration):.0f} %"
+                words = certainty.words(bundle, found[0], self.calibration)
+                if doubtful := [word["text"] for word in words if word["doubtful"]]:
+                    sure += f"; doubtful: {', '.join(doubtful)}"
         except InputError as error:
             message = cli.printable(str(error)).replace("--", "") if asked else cli.printable(str(error))
             return Answer(message=f"{message[:1].upper()}{message[1:]}.")

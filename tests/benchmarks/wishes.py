@@ -24,7 +24,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from captioning import cli
 from captioning.data.folder import load_prepared
-from captioning.model import captioner, constrain, generate, parts
+from captioning.model import captioner, constrain, fast, generate, parts
 from captioning.model.wishes import Wishes, words_of
 from captioning.scores.metrics import coco_scores
 from captioning.training.batches import CaptionDataset
@@ -75,7 +75,8 @@ def main() -> None:
     split = load_prepared(args.data_path)[0][args.split]
     bundle = captioner.load(str(args.model_path))
     dataset = CaptionDataset(split, bundle.pixels)
-    cache = FeatureCache(bundle, args.data_path / ".features", 16, cli.note, torch.bfloat16)
+    precision = torch.bfloat16 if fast.multiplies_in_bfloat16() else torch.float32  # as train.py made them
+    cache = FeatureCache(bundle, args.data_path / ".features", 16, cli.note, precision)
     features = cache.features(dataset, args.split)[: args.limit]
     ids = split.image_id[: args.limit]
     references = dict(zip(ids, split.captions, strict=False))
