@@ -31,6 +31,7 @@ from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor,
 
 from captioning import InputError, cli
 from captioning.model.captioner import Bundle
+from captioning.model.edit import Editor
 from captioning.model.wishes import Wishes, words_of
 
 # Where the model ends a caption by itself, it finds an end (or a full stop) about as likely as that, or likelier.
@@ -45,6 +46,8 @@ SPELT_ALONE = "a"  # anchor of a token whose text depends on what stands before 
 # A token that is less likely than that is tried only where there is no other way.
 UNLIKELY = math.log(1e-4)
 MORE_BEAMS = 4  # times as many, where a limit cuts short all that was found
+MOST_EDITS = 4  # words that are taken out of a caption, or put into it
+LONG_WORD = 20  # characters, with the space before it: where there is less room, a limit may have cut a caption short
 
 ENDS_SENTENCE = frozenset(".!?…\u3002\uff01\uff1f")
 _STAYS = re.compile(r"[^\W_]+|['\u2019][^\W_]*|\s*[.!?…\u3002\uff01\uff1f]+|\ufffd+")
@@ -90,7 +93,8 @@ class End(NamedTuple):
     Attributes:
         tokens: without prefix and end token.
         score: as in beam search.
-        likely: the probability of an end here, by an end token or by punctuation that ends a sentence.
+        likely: the probability of an end after its last word, by an end token or by punctuation that ends a sentence.
+            After a full stop an end is always likely, whatever stands before it.
     """
 
     tokens: tuple[int, ...]
@@ -122,8 +126,9 @@ class Vocabulary:
         # What a caption that has as many words as it may does not go on with: all but the rest of its last word and the
         # end of the sentence. Hyphens would get round the limit.
         self.next_word = torch.tensor([not _STAYS.fullmatch(text) for text in texts], dtype=torch.bool)
+        self.whole_word = torch.tensor([text[:1] == " " and text[1:].isalpha() for text in texts], dtype=torch.bool)
         # Whole words in one token, the shortest first: what a caption that is too short is filled with at worst.
-        words = [(len(text), token) for token, text in enumerate(texts) if text[:1] == " " and text[1:].isalpha()]
+        words = [(len(texts[token]), token) for token in self.whole_word.nonzero()[:, 0].tolist()]
         self.fillers = [(token, texts[token]) for _, token in sorted(words)[:MOST_FILLERS]]
         # Letters that a word can go on with, and bytes that a letter can.
         letters = [(text != text.lower(), len(text), token) for token, text in enumerate(texts) if text.isalpha()]
@@ -366,6 +371,7 @@ class Constrain(LogitsProcessor):
         start = (beginning, 0.0)
         self.texts: list[dict[tuple[int, ...], tuple[Text, float]]] = [{(): start} for _ in range(images)]
         self.ends: list[dict[tuple[int, ...], End]] = [{} for _ in range(images)]
+        self.likely: list[dict[tuple[int, ...], float]] = [{} for _ in range(images)]  # as in `End`
         self.stops = {rules.end, *rules.words.full_stops}
         # Beam search keeps twice as many hypotheses as it has beams, for the best ones may end.
         self.offers = DRAWN_FROM if draws else 2 * beams if beams > 1 else 1
@@ -384,9 +390,11 @@ class Constrain(LogitsProcessor):
             if tokens not in self.texts[image]:
                 continue  # a hypothesis that has ended, or that nothing was offered to
             text, total = self.texts[image][tokens]
+            before = self.likely[image].get(tokens[:-1]) if tokens and tokens[-1] in self.stops else None
+            self.likely[image][tokens] = likely[row] if before is None else before
             if self.rules.may_end(text):
                 score = (total + ends[row]) / (len(tokens) + 1) ** self.length_penalty
-                self.ends[image][tokens] = End(tokens, score, likely[row])
+                self.ends[image][tokens] = End(tokens, score, self.likely[image][tokens])
             chosen = self._offers(image, tokens, zip(order[row], values[row], strict=True), logs[row])
             ids = torch.tensor(list(chosen), device=logs.device, dtype=torch.long)
             found = torch.tensor(list(chosen.values()), device=logs.device, dtype=logs.dtype)
@@ -578,12 +586,51 @@ class _Run:
         short = [image for image, found in enumerate(ends) if not self._natural(found, of_image[image])]
         if not again:
             return [[] if i in short else self._best(ends[i], of_image[i]) for i in range(len(ends))]
+        kept: dict[int, list[Found]] = {}
+        if short and beams > 1 and self._editable:
+            kept = self._edit(short, ends)
+            short = [image for image in short if image not in kept and not any(map(_whole, ends[image].values()))]
         if short and beams > 1:
             processor = self._processor(len(short), MORE_BEAMS * beams)
             self._generate(self.states[short], processor, MORE_BEAMS * beams, 1)
             for image, more in zip(short, processor.ends, strict=True):
                 ends[image] |= more
-        return list(map(self._best, ends, of_image))
+        return [kept.get(image) or self._best(ends[image], of_image[image]) for image in range(len(ends))]
+
+    @property
+    def _editable(self) -> bool:
+        """Whether a caption that only has too many or too few words can be edited, and its score be known."""
+        wishes = self.rules.wishes
+        counted = wishes.min_words or wishes.max_words is not None
+        return bool(counted and not wishes.no_repeat_ngram_size and wishes.repetition_penalty == 1)
+
+    def _edit(self, images: Sequence[int], ends: list[dict[tuple[int, ...], End]]) -> dict[int, list[Found]]:
+        """Add to `ends` what the model writes without limits, with so many words as are asked for.
+
+        Returns:
+            By image, what the model writes without limits, where that is as asked.
+        """
+        wishes, words = self.rules.wishes, self.rules.words
+        wide = dataclasses.replace(wishes, min_words=0, max_words=None, max_characters=None)
+        rules = dataclasses.replace(self.rules, wishes=wide)
+        run = _Run(self.generate, self.bundle, self.states[list(images)], rules, 1, self.config, self.settings)
+        kept: dict[int, list[Found]] = {}
+        for image, found in zip(images, run.constrained(again=False) if wide.constrain else run.plain(), strict=True):
+            if not found or found[0].tokens[-1] != self.rules.end:
+                continue
+            tokens = tuple(found[0].tokens[found[0].given : -1])
+            number = len(words_of(found[0].text))
+            more = max(wishes.min_words - number, 0) or min((wishes.max_words or number) - number, 0)
+            if not more and self.count == 1 and not wishes.problems(found[0].text):
+                kept[image] = found
+            if not 0 < abs(more) <= MOST_EDITS:
+                continue
+            editor = Editor(self.bundle.model, self.states[image : image + 1], words, self.prompt, self.rules.end)
+            for own, (total, likely) in editor.edited(tokens, more).items():
+                text = Text(wishes.prefix + words.read(own))
+                if len(own) < self.rules.room and self.rules.may_end(text) and not self.rules.cornered(text):
+                    ends[image][own] = End(own, total / (len(own) + 1) ** self._penalty, likely)
+        return kept
 
     def encouraged(self) -> list[list[Found]]:
         """The best captions of several searches, each of which makes the missing words likelier than the last."""
@@ -612,15 +659,14 @@ class _Run:
             found[number // count].setdefault(caption.text, caption)
         return [list(captions.values()) for captions in found]
 
-    @property
-    def _limited(self) -> bool:
-        return self.rules.wishes.max_words is not None or self.rules.wishes.max_characters is not None
-
     def _processor(
         self, images: int, beams: int, encouragement: float = 0.0, draws: Sequence[torch.Generator] | None = None
     ) -> Constrain:
-        penalty = 1.0 if self.config.length_penalty is None else self.config.length_penalty
-        return Constrain(self.rules, images, beams, 1 + len(self.prompt), penalty, encouragement, draws)
+        return Constrain(self.rules, images, beams, 1 + len(self.prompt), self._penalty, encouragement, draws)
+
+    @property
+    def _penalty(self) -> float:
+        return 1.0 if self.config.length_penalty is None else self.config.length_penalty
 
     def _generate(
         self, states: torch.Tensor, processor: Constrain | None, beams: int, count: int
@@ -669,7 +715,14 @@ class _Run:
         generated = [ends[row[:-1]] for row in rows if row and row[-1] == self.rules.end and row[:-1] in ends]
         # What is drawn is taken as it was drawn, unless a wish cut it short.
         most = math.inf if self.rules.wishes.drawn else self.rules.room - 1
-        return [end for end in generated if _whole(end) or not (self._limited or len(end.tokens) >= most)]
+        return [end for end in generated if _whole(end) or (self._has_room(end) and len(end.tokens) < most)]
+
+    def _has_room(self, end: End) -> bool:
+        """Whether no limit kept the model from another word there."""
+        wishes = self.rules.wishes
+        text = wishes.finished(wishes.prefix + self.rules.words.read(end.tokens))
+        words, characters = wishes.max_words or math.inf, wishes.max_characters or math.inf
+        return len(words_of(text)) < words and len(text) + LONG_WORD <= characters
 
 
 def _whole(end: End) -> bool:
