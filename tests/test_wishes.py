@@ -15,7 +15,7 @@ from transformers import PreTrainedTokenizerFast
 
 import inference
 from captioning import InputError
-from captioning.model import captioner, constrain, explain, generate, parts, wishes
+from captioning.model import captioner, constrain, edit, explain, generate, parts, wishes
 from captioning.model.wishes import Wishes
 
 ENGLISH = [
@@ -227,6 +227,72 @@ def test_wishes_that_hold_anyway_change_nothing(trained, pixels):
     longest = max(len(text.split()) for text in plain)
     for asked in (Wishes(max_words=longest + 40), Wishes(without=("zebra",)), Wishes(max_characters=1000)):
         assert [best for (best,) in captions(bundle, pixels, asked)] == plain
+
+
+# ---- captions of an exact length
+
+
+def test_edited_captions_have_the_scores_of_the_plain_model(bundles, pixels):
+    """Captions of several lengths in one batch, with the image's keys and values shared, and a prompt."""
+    for kind, mores in (("lower case", (-2, 1)), ("byte level", (-1, 2))):
+        bundle = bundles[kind]
+        model, words = bundle.model, constrain.vocabulary(bundle.tokenizer)
+        states = model.encoder(pixel_values=pixels[:1]).last_hidden_state.detach()
+        prompt = constrain.prompt(bundle.tokenizer, "A photo of")
+        start, end = model.generation_config.decoder_start_token_id, bundle.tokenizer.eos_token_id
+        caption = tuple(bundle.tokenizer(" two red dogs run .", add_special_tokens=False)["input_ids"])
+        editor = edit.Editor(model, states, words, prompt, end)
+        for more in mores:
+            found = editor.edited(caption, more)
+            assert {len(wishes.words_of(words.read(tokens))) for tokens in found} == {4 + more}
+            for tokens, (total, likely) in found.items():
+                ids = torch.tensor([[start, *prompt, *tokens, end]])
+                with torch.no_grad():
+                    outputs = model(encoder_outputs=(states,), decoder_input_ids=ids[:, :-1])
+                logs = outputs.logits[0].log_softmax(-1)
+                values = [float(logs[at, token]) for at, token in enumerate(ids[0, 1:].tolist())]
+                assert total == pytest.approx(sum(values[len(prompt) :]), abs=1e-3)
+                assert words.read(tokens).endswith(" .")
+                after = len(prompt) + len(tokens) - 1  # what follows the last word
+                assert likely == pytest.approx(float(logs[after, [end, *words.full_stops]].exp().sum()), abs=1e-5)
+        assert all(words.read(tokens).split() for tokens in editor.edited(caption, -3))
+        assert editor.edited(caption, -4) == {}, "a caption has a word at least"
+
+
+def test_a_full_stop_does_not_make_an_end_likely(bundles):
+    """Behind "in ." an end is certain. That says nothing of an end behind "in"."""
+    bundle = bundles["lower case"]
+    words = constrain.vocabulary(bundle.tokenizer)
+    rules = constrain.rules_for(bundle, Wishes(max_words=2), 14)
+    processor = constrain.Constrain(rules, 1, 2, 1, 1.0)
+    dog, stop = words.spell("dog", False), words.full_stops[0]
+    tokens = [rules.end]
+    for chosen in [*dog, stop]:
+        logs = torch.full((2, len(words)), -9.0)
+        logs[:, chosen] = -0.1
+        logs[:, [rules.end, *words.full_stops]] = -30.0
+        if chosen == stop:
+            logs[:, [rules.end, stop]] = torch.tensor([1e-4, 1e-3]).log()
+        processor(torch.tensor([tokens, tokens]), logs)
+        tokens.append(chosen)
+    logs = torch.full((2, len(words)), -30.0)
+    logs[:, rules.end] = -0.01
+    processor(torch.tensor([tokens, tokens]), logs)
+    end = processor.ends[0][tuple(tokens[1:])]
+    assert words.read(end.tokens).strip().startswith("dog") and end.tokens[-1] == stop
+    assert end.likely == pytest.approx(1.1e-3, rel=1e-3) and end.score == pytest.approx(-7.12 / (len(tokens)), abs=0.1)
+
+
+@pytest.mark.parametrize("more", [-1, 1])
+def test_a_caption_of_another_length_obeys_and_a_window_around_the_free_one_keeps_it(trained, pixels, more):
+    bundle = captioner.load(trained)
+    for number, (free,) in enumerate(captions(bundle, pixels, Wishes(full_stop=False))):
+        length = len(wishes.words_of(free))
+        image = pixels[number : number + 1]
+        same = Wishes(min_words=length, max_words=length)
+        assert captions(bundle, image, same) == [[free]]
+        asked = Wishes(min_words=max(1, length + more), max_words=max(1, length + more))
+        assert asked.problems(captions(bundle, image, asked)[0][0]) == []
 
 
 # ---- any model obeys

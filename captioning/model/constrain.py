@@ -8,7 +8,8 @@ more tokens that end the caption as it was asked for, within the room that is le
 that are still missing. Each hypothesis that is kept has one, so none ends in a dead end.
 
 Wherever a hypothesis may end, what it would score with an end there is noted down, as beam search scores it. Where a
-limit would cut a sentence short, the best of those ends is taken at which the model itself finds an end likely enough.
+limit on words has a part in a caption, those are noted down too that `edit` makes of what the model writes without the
+limit. The best of the ends is taken at which the model itself finds an end likely enough.
 """
 
 from __future__ import annotations
@@ -587,8 +588,12 @@ class _Run:
         if not again:
             return [[] if i in short else self._best(ends[i], of_image[i]) for i in range(len(ends))]
         kept: dict[int, list[Found]] = {}
-        if short and beams > 1 and self._editable:
-            kept = self._edit(short, ends)
+        if beams > 1 and self._editable:
+            # Also what ends well: where a limit had a part in it, there may be something likelier of that length.
+            rows_of = zip(ends, of_image, strict=True)
+            bound = [i for i, both in enumerate(rows_of) if not all(map(self._unbound, self._natural(*both) or [None]))]
+            kept, edited = self._edit(bound, ends)
+            of_image = [[] if image in edited else rows for image, rows in enumerate(of_image)]
             short = [image for image in short if image not in kept and not any(map(_whole, ends[image].values()))]
         if short and beams > 1:
             processor = self._processor(len(short), MORE_BEAMS * beams)
@@ -604,17 +609,23 @@ class _Run:
         counted = wishes.min_words or wishes.max_words is not None
         return bool(counted and not wishes.no_repeat_ngram_size and wishes.repetition_penalty == 1)
 
-    def _edit(self, images: Sequence[int], ends: list[dict[tuple[int, ...], End]]) -> dict[int, list[Found]]:
+    def _edit(
+        self, images: Sequence[int], ends: list[dict[tuple[int, ...], End]]
+    ) -> tuple[dict[int, list[Found]], set[int]]:
         """Add to `ends` what the model writes without limits, with so many words as are asked for.
 
         Returns:
-            By image, what the model writes without limits, where that is as asked.
+            By image, what the model writes without limits, where that is as asked; and the images to which some
+            were added.
         """
         wishes, words = self.rules.wishes, self.rules.words
         wide = dataclasses.replace(wishes, min_words=0, max_words=None, max_characters=None)
         rules = dataclasses.replace(self.rules, wishes=wide)
         run = _Run(self.generate, self.bundle, self.states[list(images)], rules, 1, self.config, self.settings)
         kept: dict[int, list[Found]] = {}
+        added: set[int] = set()
+        if not images:
+            return kept, added
         for image, found in zip(images, run.constrained(again=False) if wide.constrain else run.plain(), strict=True):
             if not found or found[0].tokens[-1] != self.rules.end:
                 continue
@@ -630,7 +641,8 @@ class _Run:
                 text = Text(wishes.prefix + words.read(own))
                 if len(own) < self.rules.room and self.rules.may_end(text) and not self.rules.cornered(text):
                     ends[image][own] = End(own, total / (len(own) + 1) ** self._penalty, likely)
-        return kept
+                    added.add(image)
+        return kept, added
 
     def encouraged(self) -> list[list[Found]]:
         """The best captions of several searches, each of which makes the missing words likelier than the last."""
@@ -715,14 +727,16 @@ class _Run:
         generated = [ends[row[:-1]] for row in rows if row and row[-1] == self.rules.end and row[:-1] in ends]
         # What is drawn is taken as it was drawn, unless a wish cut it short.
         most = math.inf if self.rules.wishes.drawn else self.rules.room - 1
-        return [end for end in generated if _whole(end) or (self._has_room(end) and len(end.tokens) < most)]
+        return [end for end in generated if _whole(end) or (self._unbound(end) and len(end.tokens) < most)]
 
-    def _has_room(self, end: End) -> bool:
-        """Whether no limit kept the model from another word there."""
+    def _unbound(self, end: End | None) -> bool:
+        """Whether no limit on words or characters had a part in how long a caption is."""
+        if end is None:
+            return False
         wishes = self.rules.wishes
         text = wishes.finished(wishes.prefix + self.rules.words.read(end.tokens))
         words, characters = wishes.max_words or math.inf, wishes.max_characters or math.inf
-        return len(words_of(text)) < words and len(text) + LONG_WORD <= characters
+        return wishes.min_words < len(words_of(text)) < words and len(text) + LONG_WORD <= characters
 
 
 def _whole(end: End) -> bool:
