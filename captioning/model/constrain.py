@@ -590,8 +590,8 @@ class _Run:
         kept: dict[int, list[Found]] = {}
         if beams > 1 and self._editable:
             # Also what ends well: where a limit had a part in it, there may be something likelier of that length.
-            rows_of = zip(ends, of_image, strict=True)
-            bound = [i for i, both in enumerate(rows_of) if not all(map(self._unbound, self._natural(*both) or [None]))]
+            natural = list(map(self._natural, ends, of_image))
+            bound = [image for image, own in enumerate(natural) if not (own and all(map(self._unbound, own)))]
             kept, edited = self._edit(bound, ends)
             of_image = [[] if image in edited else rows for image, rows in enumerate(of_image)]
             short = [image for image in short if image not in kept and not any(map(_whole, ends[image].values()))]
@@ -729,10 +729,8 @@ class _Run:
         most = math.inf if self.rules.wishes.drawn else self.rules.room - 1
         return [end for end in generated if _whole(end) or (self._unbound(end) and len(end.tokens) < most)]
 
-    def _unbound(self, end: End | None) -> bool:
+    def _unbound(self, end: End) -> bool:
         """Whether no limit on words or characters had a part in how long a caption is."""
-        if end is None:
-            return False
         wishes = self.rules.wishes
         text = wishes.finished(wishes.prefix + self.rules.words.read(end.tokens))
         words, characters = wishes.max_words or math.inf, wishes.max_characters or math.inf

@@ -77,7 +77,7 @@ def main() -> None:
     dataset = CaptionDataset(split, bundle.pixels)
     precision = torch.bfloat16 if fast.multiplies_in_bfloat16() else torch.float32  # as train.py made them
     cache = FeatureCache(bundle, args.data_path / ".features", 16, cli.note, precision)
-    features = cache.features(dataset, args.split)[: args.limit]
+    features = cache.features(dataset, args.split)
     ids = split.image_id[: args.limit]
     references = dict(zip(ids, split.captions, strict=False))
     images = torch.arange(len(ids), dtype=torch.float32)[:, None, None, None]  # what is drawn depends on them
@@ -101,7 +101,7 @@ def main() -> None:
         with torch.inference_mode():
             for start in range(0, len(rows), 16):
                 some = rows[start : start + 16]
-                states = torch.from_numpy(np.array(features[some])).float()
+                states = torch.from_numpy(np.stack([features[row] for row in some])).float()
                 found = constrain.search(generate.generate_tokens, own, states, 1, images[some])
                 texts += [best.text for best, *_ in found]
         bundle.model.generation_config.max_new_tokens = saved
