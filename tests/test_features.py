@@ -103,12 +103,6 @@ def test_features_of_an_earlier_version_are_used(bundle_and_data, tmp_path):
     assert said[0].startswith("features: validation from ") and len(said) == 1
 
 
-def test_the_encoder_is_as_it_was_afterwards(bundle_and_data, tmp_path):
-    bundle, dataset = bundle_and_data
-    compute(bundle, dataset, tmp_path)
-    assert all("forward" not in vars(layer) for layer in bundle.model.encoder.modules())
-
-
 def test_an_interrupted_computation_goes_on_where_it_stopped(bundle_and_data, tmp_path, monkeypatch):
     bundle, dataset = bundle_and_data
     monkeypatch.setattr(features, "BLOCK", 4)

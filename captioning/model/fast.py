@@ -7,8 +7,7 @@ attention and what passes from layer to layer stay in float32. Scores that are t
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -25,25 +24,12 @@ def prepare(model: torch.nn.Module, dtype: str = "float32") -> bool:
     """
     if not torch.backends.mkldnn.is_available():
         return False
-    for layer in _linear_layers(model):
-        # GPT-2's Conv1D has the weight transposed.
-        _replace_forward(layer, layer.weight.t() if isinstance(layer, Conv1D) else layer.weight, DTYPES[dtype])
+    for module in model.modules():
+        if isinstance(module, torch.nn.Linear):
+            _replace_forward(module, module.weight, DTYPES[dtype])
+        elif isinstance(module, Conv1D):  # GPT-2's, whose weight is transposed
+            _replace_forward(module, module.weight.t(), DTYPES[dtype])
     return True
-
-
-@contextlib.contextmanager
-def prepared(model: torch.nn.Module) -> Iterator[None]:
-    """`prepare` in float32 until the block ends; then the layers are as they were, and can be trained."""
-    prepare(model)
-    try:
-        yield
-    finally:
-        for layer in _linear_layers(model):
-            vars(layer).pop("forward", None)
-
-
-def _linear_layers(model: torch.nn.Module) -> list[Any]:
-    return [module for module in model.modules() if isinstance(module, torch.nn.Linear | Conv1D)]
 
 
 @torch.no_grad()

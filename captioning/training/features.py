@@ -13,7 +13,6 @@ through a link.
 from __future__ import annotations
 
 import bisect
-import contextlib
 import hashlib
 import itertools
 import json
@@ -30,7 +29,6 @@ import torch
 
 from captioning import InputError, cli
 from captioning.files import check_target, lock, make_folder, remove_leftovers, replacing
-from captioning.model import fast
 from captioning.model.captioner import Bundle
 from captioning.training.batches import AUGMENTATION, CaptionDataset
 
@@ -199,7 +197,6 @@ class FeatureCache:
         going_on = f" (going on, {done:,} images are there)" if done else ""
         self.say(f"features: {split}, {size / 1e6:,.0f} MB, to {self.folder / name}{going_on}")
         with (
-            self._faster(),
             ThreadPoolExecutor(self.readers) as pool,
             cli.bar(
                 total=len(dataset), initial=done, unit="image", desc=f"{split} features", disable=not self.show
@@ -231,12 +228,6 @@ class FeatureCache:
             bar.update(len(batch))
         with replacing(block.path) as part, part.open("wb") as file:
             np.save(file, computed)
-
-    def _faster(self) -> contextlib.AbstractContextManager[None]:
-        """oneDNN's float32 where the encoder computes in it on a CPU: the same numbers within float16, sooner."""
-        encoder = self.bundle.model.encoder
-        on_cpu = next(encoder.parameters()).device.type == "cpu"
-        return fast.prepared(encoder) if on_cpu and self.precision == torch.float32 else contextlib.nullcontext()
 
 
 def _whole(block: Block) -> np.ndarray:
