@@ -127,10 +127,12 @@ def load_exported(args: Arguments) -> OnnxBundle:
 
 def load_model(args: Arguments) -> Bundle:
     """The bundle on its device, with the decoding settings of the command line."""
-    from captioning.model import captioner, parts
+    from captioning.model import captioner, ensemble, parts
 
     parts.quiet_transformers()
-    bundle = captioner.load(args.model_path)
+    names = [args.model_path, *(args.ensemble or [])]
+    bundles = [captioner.load(name, "--ensemble" if number else "--model_path") for number, name in enumerate(names)]
+    bundle = ensemble.join(bundles, names) if args.ensemble else bundles[0]
     bundle.to(device_of(args))
     for name in ("num_beams", "max_new_tokens"):
         if getattr(args, name):
@@ -538,8 +540,10 @@ def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[s
 
         bundle = load_model(args)
         of_data = parts.load_image_processor(folder, "--data_path")
-        parts.refuse_small_images(of_data, bundle.image_processor, str(folder), args.model_path, args.model_path)
+        for processor in bundle.image_processors:
+            parts.refuse_small_images(of_data, processor, str(folder), args.model_path, args.model_path)
         settings = bundle.model.generation_config.to_diff_dict() | (args.wishes.settings() if args.wishes else {})
+        settings |= {"ensemble": args.ensemble} if args.ensemble else {}
     made = caption_all(bundle, pictures, len(split), args.split, best_captions, args.batch_size)
     judged = {image_id: certainty.judged(bundle, best) for image_id, (best, *_) in made.items()}
     return {image_id: caption.text for image_id, caption in judged.items()}, settings, judged

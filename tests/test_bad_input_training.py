@@ -441,6 +441,21 @@ REFUSED: dict[str, Row] = {
         lambda folder: [f"--image_path={folder}/*.jpg", f"--model_path={HERE['trained']}"],
         r"nothing matches '.*\*\.jpg'",
     ),
+    "an ensemble with nobody": (
+        "inference",
+        captioning("--ensemble=nowhere"),
+        r"--ensemble 'nowhere' is not a folder; did you run train\.py\?",
+    ),
+    "an ensemble with a folder of something else": (
+        "inference",
+        captioning("--ensemble={folder}"),
+        r"--ensemble '.*' has no config\.json",
+    ),
+    "an ensemble that is to be explained": (
+        "inference",
+        captioning("--ensemble={folder}", "--explain={folder}/out.png"),
+        "--explain shows where one model looked, and --ensemble has several",
+    ),
     # inference.py: run folders
     "a model that is not there": (
         "inference",

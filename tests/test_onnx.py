@@ -344,6 +344,8 @@ def test_what_cannot_be_exported_or_asked_of_an_export_is_refused(exported, trai
         ),
         ([f"--model_path={trained}", "--int8", photo], "--int8 needs an exported folder"),
         ([f"--model_path={exported}", photo, f"--explain={tmp_path / 'x.png'}"], "--explain needs PyTorch's weights"),
+        ([f"--model_path={exported}", photo, f"--ensemble={trained}"], "--ensemble needs PyTorch's weights"),
+        ([f"--model_path={trained}", photo, f"--ensemble={exported}"], "is an exported folder; name the run folder"),
         ([f"--model_path={exported}", photo, "--device=cuda"], "run on the CPU only"),
         ([f"--model_path={exported}", photo, "--max_new_tokens=9999"], "is too long; the decoder has"),
     ):

@@ -84,6 +84,11 @@ class Bundle:
         """The image processor in two steps, see `Pixels`."""
         return Pixels(self.image_processor)
 
+    @property
+    def image_processors(self) -> list[Any]:
+        """Those of its encoders, of which most captioners have one."""
+        return [self.image_processor]
+
     def to(self, device: torch.device) -> None:
         """Move the model."""
         self.model.to(device)  # type: ignore[arg-type]  # transformers' wrapper hides the signature that torch gives it
@@ -360,21 +365,24 @@ def count_parameters(model: torch.nn.Module) -> tuple[int, int]:
 # ---- load and save
 
 
-def load(path: str | os.PathLike) -> Bundle:
+def load(path: str | os.PathLike, flag: str = "--model_path") -> Bundle:
     """The model, tokenizer and image processor of a run folder (or of a captioner on the hub), in float32.
+
+    Args:
+        flag: what messages call the path.
 
     Raises:
         InputError: the folder is missing, incomplete, or not a vision encoder-decoder, or lacks weights.
     """
-    folder = resolve(path, "--model_path")
-    config = read_config(folder, "--model_path")
+    folder = resolve(path, flag)
+    config = read_config(folder, flag)
     if config.model_type != CAPTIONER:
-        raise InputError(f"--model_path '{path}' is a {config.model_type}, not an image captioner; {BUNDLE_HINT}")
-    what = f"--model_path '{path}'"
+        raise InputError(f"{flag} '{path}' is a {config.model_type}, not an image captioner; {BUNDLE_HINT}")
+    what = f"{flag} '{path}'"
     tokenizer = tokenizer_in(folder, what)
     decoding = _decoding(folder, config, tokenizer, what)
     model, _ = load_weights(VisionEncoderDecoderModel, folder, config, what, generation_config=decoding)
-    give_patch_states(model.encoder, f"the encoder of --model_path '{path}'")
+    give_patch_states(model.encoder, f"the encoder of {what}")
     ignore_own_generation(model)
     image_processor = image_processor_in(folder, what)
     refuse_misfit(model.encoder, image_processor, what)

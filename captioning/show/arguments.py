@@ -111,6 +111,14 @@ class Arguments:
         False, HOW, "of an exported folder, take the weights of 8 bits: smaller and faster, nearly as good"
     )
 
+    ensemble: list[str] | None = flag(
+        None,
+        HOW,
+        "more run folders, trained on the same prepared data: the models write each caption together, by the mean of "
+        "their probabilities (default: --model_path alone)",
+        metavar="RUN",
+    )
+
     prefix: str = flag(
         "", ASKED, "how each caption begins, in whole words; the model goes on from there", metavar="TEXT"
     )
@@ -217,6 +225,7 @@ class Arguments:
         if self.min_confidence is not None and not 0 <= self.min_confidence <= 1:
             raise InputError(f"--min_confidence {self.min_confidence} is not between 0 and 1")
         self._check_combinations()
+        self._check_ensemble()
         self._check_wishes()
         self._check_paths()
 
@@ -288,6 +297,20 @@ class Arguments:
             if not Path(path).exists():
                 raise InputError(f"--compare '{path}' does not exist; name run folders, or files of captions")
 
+    def _check_ensemble(self) -> None:
+        for name in self.ensemble or []:
+            if "/" not in name and not Path(name).is_dir():
+                raise InputError(f"--ensemble '{name}' is not a folder; did you run train.py?")
+            if is_exported(name):
+                raise InputError(f"--ensemble '{name}' is an exported folder; name the run folder that it was made of")
+        if self.ensemble and self.explain:
+            raise InputError(
+                "--explain shows where one model looked, and --ensemble has several; leave one of them out"
+            )
+        for flag_name in ("serve", "export", "predictions", "compare", "calibrate"):
+            if self.ensemble and getattr(self, flag_name):
+                raise InputError(f"--ensemble has no use with --{flag_name}")
+
     @functools.cached_property
     def wishes(self) -> Wishes | None:
         """What captions are asked to be; None: as the model writes them."""
@@ -347,7 +370,7 @@ class Arguments:
     @property
     def exported(self) -> bool:
         """Whether `model_path` is a folder in ONNX."""
-        return any(Path(self.model_path, "onnx").glob("encoder_model*.onnx"))
+        return is_exported(self.model_path)
 
     def _check_exported(self) -> None:
         if self.in_browser and self.token:
@@ -360,7 +383,7 @@ class Arguments:
                         "with --export onnx"
                     )
             return
-        asked = [name for name in ("explain", "export") if getattr(self, name)]
+        asked = [name for name in ("explain", "export", "ensemble") if getattr(self, name)]
         asked += self.wishes.settings() if self.wishes else []
         if asked:
             raise InputError(
@@ -410,6 +433,8 @@ class Arguments:
             value = getattr(self, field.name)
             if field.metadata["group"] not in ELSEWHERE and field.name not in NO_MATTER and value != field.default:
                 made[field.name] = value
+        if self.ensemble:
+            made["ensemble"] = [fingerprint(Path(name)) if Path(name).is_dir() else name for name in self.ensemble]
         return made
 
     @property
@@ -418,3 +443,8 @@ class Arguments:
         if self.predictions and self.data_path and self.data_path[0].is_file():
             return self.data_path[0]
         return self.references
+
+
+def is_exported(folder: str) -> bool:
+    """Whether a folder holds a captioner in ONNX."""
+    return any(Path(folder, "onnx").glob("encoder_model*.onnx"))
