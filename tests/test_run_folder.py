@@ -43,7 +43,8 @@ def test_the_model_card_holds_the_results_as_the_hub_reads_them(results, tmp_pat
     assert card.data.library_name == "transformers" and card.data.pipeline_tag == "image-to-text"
     assert card.data.model_name == tmp_path.name
     assert card.data.license == "other" and "**Licence.**" in card.text
-    assert "pip install torch" in card.text and "--export onnx" in card.text and "transformers.js" in card.text
+    assert "pip install torch" in card.text and "transformers.js" in card.text
+    assert f"--export onnx --model_path {tmp_path.name} --output exported" in card.text
     found = {result.metric_name: result for result in card.data.eval_results}
     assert found["BLEU-4"].metric_value == round(results["test"]["bleu_4"], 4)
     assert found["CIDEr-D"].metric_type == "cider" and found["BLEU-4"].metric_type == "bleu"

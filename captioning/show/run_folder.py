@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+import shlex
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -197,11 +198,12 @@ model was trained with these versions:
 pip install {" ".join(f"{name}=={versions[name]}" if name in versions else name for name in NEEDED)}
 ```
 
-**Without PyTorch.** The trainer exports the model for onnxruntime, and captions with that:
+**Without PyTorch.** The scripts of the trainer, with this folder beside them, export the model for onnxruntime, and
+caption with that:
 
 ```
 pip install onnxruntime onnx onnxscript
-python inference.py --export onnx --model_path . --output exported
+python inference.py --export onnx --model_path {shlex.quote(name)} --output exported
 python inference.py --model_path exported photo.jpg
 ```
 
