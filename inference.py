@@ -206,8 +206,6 @@ def caption_images(args: Arguments) -> int:
         done, failures = write_captions(args, left, out, calibration) if left else (0, [])
     if len(sources) == 1 and failures:
         raise InputError(failures[0])
-    if out and done:
-        cli.note(f"{done:,} captions written to {out}")
     if failures:
         cli.note(f"{len(failures):,} of {len(left):,} images could not be captioned:")
         for failure in failures:
@@ -267,6 +265,8 @@ def write_captions(
     except KeyboardInterrupt:
         kept = f"; {done:,} captions were written to {out}, and the same command goes on from there" if out else ""
         raise KeyboardInterrupt(f"stopped{kept}") from None
+    if out and (written := done - len(unsure)):
+        cli.note(f"{written:,} captions written to {out}")
     warn_of_monotony(captions)
     if unsure:
         limit = f"below --min_confidence {args.min_confidence:g}"

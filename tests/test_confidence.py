@@ -167,6 +167,8 @@ def test_what_is_less_sure_is_left_to_a_person(run, photos, tmp_path):
     _, out, _ = run("--image_path", photos, "--min_confidence", limit, "--json")
     entry = next(e for e in map(json.loads, out.splitlines()) if e["path"] == unsure["path"])
     assert (entry["caption"], entry["needs_review"], entry["draft"]) == ("", True, unsure["caption"])
+    _, _, err = run("--image_path", photos, "--min_confidence", limit, "--output", tmp_path / "captions.csv")
+    assert "2 captions written to" in err
     code, out, _ = run("--image_path", photos, "--min_confidence", 1)
     assert (code, out) == (0, "")
 

@@ -12,6 +12,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import conftest
 import numpy as np
 import pytest
 from conftest import caller, contents
@@ -176,7 +177,7 @@ def test_a_json_list_can_be_read_at_any_time(tmp_path, monkeypatch):
     monkeypatch.setattr(outputs, "SHARE", 1e9)
     file = tmp_path / "captions.json"
     with opened(file) as captions:
-        assert read(file) == []
+        assert not file.exists()
         for count, name in enumerate(NAMES, 1):
             captions.write({"path": name, "caption": "a dog"})
             captions.flush()
@@ -268,6 +269,21 @@ def test_the_same_command_goes_on_and_a_wrong_one_is_refused(run, photos, tmp_pa
         run("--image_path", photos, "--output", file, "--num_beams", 1)
     assert file.read_bytes() == before
     assert "6 captions written" in run("--image_path", photos, "--output", file, "--num_beams=1", "--overwrite")[2]
+
+
+@pytest.mark.parametrize("ending", ENDINGS)
+def test_a_model_that_cannot_be_loaded_costs_no_file(untrained, photos, tmp_path, ending, monkeypatch, capsys):
+    """The refusal leaves a new file unmade, and one that is to be overwritten as it was."""
+    damaged, there = tmp_path / "damaged", tmp_path / f"there{ending}"
+    shutil.copytree(untrained, damaged)
+    (damaged / "model.safetensors").write_bytes(b"no weights")
+    there.write_text("a person's own work")
+    for model in ("no-such-model", tmp_path / "no-such-model", damaged):
+        for file in (tmp_path / f"new{ending}", there):
+            arguments = ["--image_path", photos, "--output", file, "--overwrite", "--model_path", model]
+            assert conftest.run("inference", arguments, monkeypatch) == 2
+            assert str(model) in capsys.readouterr().err
+            assert not (tmp_path / f"new{ending}").exists() and there.read_text() == "a person's own work"
 
 
 def test_what_fails_is_listed_and_in_the_file(run, photos, tmp_path):

@@ -53,6 +53,9 @@ class Captions:
     Attributes:
         done: the names of the images that have a caption.
 
+    A new file appears, and one that is overwritten goes, with the first entry or at the end without an error: a model
+    that cannot be loaded costs nobody a file.
+
     Raises:
         InputError: the file is of another form or was made with something else, or another process writes to it.
     """
@@ -78,7 +81,10 @@ class Captions:
         try:
             for name in (self.file.name, self.lines.name):
                 remove_leftovers(self.file.parent, name)
-            self._begin()
+            if self.mode != "overwrite" and self.file.is_file() and self.file.stat().st_size > 0:
+                self._check_made_with()
+                self._take_over()
+                self._open()
         except BaseException:
             self._stack.close()
             raise
@@ -86,10 +92,12 @@ class Captions:
 
     def __exit__(self, kind, error, trace) -> None:
         try:
+            if not self._raw and not error:
+                self._begin()
             if self._raw:
                 with self._raw:
                     os.fsync(self._raw.fileno())
-            if self.lines != self.file:
+            if self._raw and self.lines != self.file:
                 # After an error the list is as new as can be; if the disk is full, it stays as it was.
                 with contextlib.suppress(*([OSError] if error else [])):
                     self._write_list()
@@ -107,8 +115,7 @@ class Captions:
         Raises:
             OSError: the disk is full, or something else is wrong with it.
         """
-        assert self._raw is not None
-        handle = self._raw.fileno()
+        handle = (self._raw or self._begin()).fileno()
         end = os.fstat(handle).st_size
         data = self.form.record(entry)
         try:
@@ -137,17 +144,16 @@ class Captions:
 
     # ---- the start
 
-    def _begin(self) -> None:
-        there = self.file.is_file() and self.file.stat().st_size > 0
-        if self.mode == "overwrite" or not there:
-            write_whole(self.lines, self.form.header())
-            if self.lines != self.file:
-                self._write_list()
-        else:
-            self._check_made_with()
-            self._take_over()
+    def _begin(self) -> BinaryIO:
+        write_whole(self.lines, self.form.header())
+        if self.lines != self.file:
+            self._write_list()
+        return self._open()
+
+    def _open(self) -> BinaryIO:
         write_whole(_beside(self.file, "made_with"), json_text(self.made_with, indent=1) + "\n")
         self._raw = open_in_place(self.lines, append=True)
+        return self._raw
 
     def _check_made_with(self) -> None:
         if self.mode == "append":
