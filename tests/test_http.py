@@ -120,6 +120,7 @@ def test_an_upload_and_an_address_get_the_captions_of_the_command_line(trained, 
         assert (
             "/caption" in docs
             and "num_beams" in docs
+            and "1 to 10; as the model was saved" in docs
             and "http"
             not in docs.replace("https://example.com", "")
             .replace("http(s)", "")
@@ -251,7 +252,7 @@ def test_of_two_hundred_at_once_each_gets_a_caption_or_is_told_to_wait():
     [
         (http.Limits(waiting=0), None, "multipart/form-data; boundary=x", 503),
         (http.Limits(bodies=0), None, "multipart/form-data; boundary=x", 503),
-        (http.Limits(body_bytes=1_000_000), None, "multipart/form-data; boundary=x", 413),
+        (http.Limits(body_bytes=10_000_000), None, "multipart/form-data; boundary=x", 413),
         (http.Limits(), None, "image/jpeg", 415),
         (http.Limits(), "secret", "multipart/form-data; boundary=x", 401),
     ],
@@ -348,8 +349,9 @@ def test_a_body_larger_than_it_may_be_is_cut_off():
     captioner = Pretended()
     with running(captioner, limits=http.Limits(body_bytes=10_000)) as port:
         assert post(port, files={"image": ("p.jpg", bytes(20_000))})[0] == 413
-        endless = (b"x" * 1000 for _ in range(100))  # without a length, it is noticed while it arrives
-        headers = {"Content-Type": "multipart/form-data; boundary=x"}
+        kind, whole = load.multipart(bytes(40_000))
+        endless = (whole[first : first + 1000] for first in range(0, len(whole), 1000))
+        headers = {"Content-Type": kind}  # without a length, it is noticed while it arrives
         answer = requests.post(f"http://127.0.0.1:{port}/caption", data=endless, headers=headers, timeout=10)
         assert answer.status_code == 413 and "10,000 bytes" in answer.json()["error"]
         assert post(port, files={"image": ("p.jpg", bytes(5000))})[0] == 200

@@ -509,5 +509,5 @@ curl -H 'Content-Type: application/json' -d '{{"url": "https://example.com/photo
 def _range(value: dict[str, Any]) -> str:
     text = value.get("description", "")
     if "minimum" in value:
-        text = f"{value['minimum']} to {value['maximum']}; " + (text or f"{value['default']} if not given")
+        text = f"{value['minimum']:g} to {value['maximum']:g}; " + (text or f"{value['default']} if not given")
     return text
