@@ -18,7 +18,7 @@ from captioning import InputError
 from captioning.scores.cider import InverseDocumentFrequencies, cider_d, document_frequencies
 from captioning.scores.metrics import coco_scores, protocol
 from captioning.scores.names import COCO_KEYS, ROUGE_KEYS, SCORE_NAMES
-from captioning.scores.ngrams import count, spelt
+from captioning.scores.ngrams import count
 from captioning.scores.reward import CiderReward
 from captioning.scores.words import choose, unicode_words
 
@@ -213,9 +213,8 @@ def test_ngrams_of_any_two_captions_can_be_compared_also_from_threads():
     with ThreadPoolExecutor(8) as threads:
         counted = list(threads.map(count, texts))
     assert counted == list(map(count, texts))
-    grams = [gram for counts in counted[1].counts for gram in counts]
-    words = texts[1].split()
-    assert spelt(grams) == [" ".join(words[i : i + n]) for n in (1, 2, 3, 4) for i in range(len(words) - n + 1)]
+    cat, dog = count("a cat"), count("a dog")
+    assert len(cat.counts[0].keys() & dog.counts[0].keys()) == 1 and not cat.counts[1].keys() & dog.counts[1].keys()
 
 
 def test_every_score_has_a_name():

@@ -83,18 +83,6 @@ def cider_d(
     return scores
 
 
-def mutual_cider_d(captions: Sequence[Ngrams], idf: InverseDocumentFrequencies) -> list[list[float]]:
-    """`cider_d` of each caption against each as its only reference: [caption][reference], 0 to 10."""
-    norms = list(map(idf.norms, captions))
-    return [
-        [
-            10 * _similarity(caption, own, reference, others, idf) / ORDERS
-            for reference, others in zip(captions, norms, strict=True)
-        ]
-        for caption, own in zip(captions, norms, strict=True)
-    ]
-
-
 def _similarity(
     caption: Ngrams,
     norms: Sequence[float],

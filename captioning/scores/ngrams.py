@@ -3,14 +3,13 @@
 Every word has a number, the same in the whole process. An n-gram is one integer with the numbers of its words as
 digits: unlike a tuple of strings it is quick to make and to hash, and it is no work for the garbage collector. So the
 n-grams of any two captions can be compared, wherever they were counted. The numbers mean nothing in another process or
-in a file: there, n-grams are texts (`spelt`).
+in a file.
 """
 
 from __future__ import annotations
 
 import itertools
 from collections import Counter
-from collections.abc import Iterable
 from typing import NamedTuple
 
 ORDERS = 4  # n = 1..4
@@ -35,19 +34,6 @@ def count(caption: str) -> Ngrams:
         grams = [gram << BITS | word for gram, word in zip(grams, words[n:], strict=False)]
         counts.append(_count(grams))
     return Ngrams(len(words), counts)
-
-
-def spelt(grams: Iterable[int]) -> list[str]:
-    """Each n-gram as a text, its words separated by spaces."""
-    words = {number: word for word, number in _numbers.items()}
-    texts = []
-    for gram in grams:
-        own = []
-        while gram:
-            own.append(words[gram & (1 << BITS) - 1])
-            gram >>= BITS
-        texts.append(" ".join(reversed(own)))
-    return texts
 
 
 def _numbered(word: str) -> int:
