@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import itertools
 import os
 import shutil
 import statistics
@@ -302,17 +301,19 @@ def summarise(
 ) -> str:
     """What a user wants to know of a data set before training on it."""
     lines = []
-    captions: list[list[int]] = []  # tokens of each caption of each image
+    lengths: list[int] = []  # tokens of each caption
+    counts: Counter[int] = Counter()  # images with so many captions
     for name, split in splits.items():
-        own = split.caption_lengths()
-        lines.append(f"{name:>12}  {len(split):>7,} images  {sum(map(len, own)):>8,} captions")
-        captions += own
-    total = len(captions)
+        of_captions, of_images = split.caption_lengths()
+        lines.append(f"{name:>12}  {len(split):>7,} images  {len(of_captions):>8,} captions")
+        lengths += of_captions.tolist()
+        counts.update(of_images.tolist())
+    total = counts.total()
     wanted = f": all there are ({args.limit_data:,} were asked for)" if args.limit_data > total else ""
     lines.append(f"{'in all':>12}  {total:>7,} images{wanted}")
-    spread = ", ".join(f"{number}: {count:,}" for number, count in sorted(Counter(map(len, captions)).items()))
+    spread = ", ".join(f"{number}: {count:,}" for number, count in sorted(counts.items()))
     lines.append(f"captions per image (captions: images): {spread}")
-    lengths = sorted(itertools.chain(*captions))
+    lengths.sort()
     lines.append(
         f"tokens per caption, end included: median {statistics.median(lengths):.0f}, "
         f"99 % have {lengths[int(0.99 * (len(lengths) - 1))]} or fewer, longest {lengths[-1]}; "

@@ -15,7 +15,6 @@ from __future__ import annotations
 import bisect
 import contextlib
 import functools
-import itertools
 import math
 import os
 import sys
@@ -298,9 +297,10 @@ def limit_length(
     Raises:
         InputError: the decoder has no place for such captions, or the labels are not its tokenizer's.
     """
-    lengths = sorted(itertools.chain(*splits["train"].caption_lengths()))
-    limit = asked or lengths[math.ceil(0.999 * len(lengths)) - 1]
-    longest = max(length for split in splits.values() for length in itertools.chain(*split.caption_lengths()))
+    lengths, _ = splits["train"].caption_lengths()
+    lengths.sort()
+    limit = asked or int(lengths[math.ceil(0.999 * len(lengths)) - 1])
+    longest = max(int(split.caption_lengths()[0].max(initial=0)) for split in splits.values())
     highest = max(split.highest_token() for split in splits.values())
     if highest >= len(bundle.tokenizer):
         raise InputError(

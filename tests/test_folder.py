@@ -3,6 +3,7 @@
 import io
 import pickle
 import random
+import tracemalloc
 
 import pytest
 from datasets import Dataset, Features, List, Value, concatenate_datasets, load_from_disk
@@ -58,7 +59,12 @@ def test_a_split_gives_what_the_rows_hold(tmp_path):
         for name in ("image_id", "file_name", "captions"):
             assert getattr(split, name) == list(expected[name])
         assert [split.labels(index) for index in range(len(split))] == list(expected["labels"])
-        assert split.lengths() == [sum(map(len, labels)) for labels in expected["labels"]]
+        assert split.lengths().tolist() == [sum(map(len, labels)) for labels in expected["labels"]]
+        of_captions, of_images = split.caption_lengths()
+        assert of_captions.tolist() == [len(own) for labels in expected["labels"] for own in labels]
+        assert of_images.tolist() == list(map(len, expected["labels"]))
+        assert [split.captions_of(index) for index in range(len(split))] == split.captions
+        assert split.labelled(1) == {"image_id": split.image_id[1], "labels": split.labels(1)}
         assert list(split.encoded_images()) == [split.encoded(index) for index in range(len(split))]
         for index in range(len(split)):
             assert split.image(index).tobytes() == expected[index]["image"].convert("RGB").tobytes()
@@ -102,6 +108,26 @@ def test_columns_are_read_without_images(monkeypatch):
     monkeypatch.setattr(Split, "encoded", None)
     assert (split.image_id, split.file_name[0], split.captions[2][0]) == ([100, 101, 102], "0.jpg", "a dog")
     assert len(split.lengths()) == 3
+
+
+def test_what_training_reads_takes_a_few_bytes_an_image(tmp_path):
+    """Whatever the number of images: their captions, names and ids are read row by row."""
+    few = rows([b"no image"] * 500)
+    concatenate_datasets([few] * 40).save_to_disk(str(tmp_path))
+
+    def peak(images: int) -> int:
+        split = Split(load_from_disk(str(tmp_path)).select(range(images)))
+        tracemalloc.start()
+        kept = [split.lengths(), split.caption_lengths()]
+        for index in range(0, images, images // 50):
+            split.labelled(index), split.captions_of(index), split.encoded(index)
+        taken = tracemalloc.get_traced_memory()[0]
+        tracemalloc.stop()
+        assert len(kept[0]) == images
+        return taken
+
+    peak(1000)  # what is loaded once
+    assert (peak(20_000) - peak(2000)) / 18_000 < 40
 
 
 def test_a_prepared_folder_is_three_splits(prepared):

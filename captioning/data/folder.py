@@ -26,6 +26,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import PIL.Image
 
 from captioning import InputError, foreign
@@ -313,7 +314,8 @@ class Split:
     """One split of a prepared folder: a row for each image, read from disk when it is asked for.
 
     Columns are read by themselves, so that captions cost no reading of images. A pickled or forked split maps the same
-    files into memory.
+    files into memory. Whole columns (`image_id`, `captions`, `names`) are kept once they were asked for, at hundreds of
+    bytes an image; what training reads of each row is not.
 
     Args:
         rows: the columns of `processed_data/`, as `datasets.load_from_disk` gives them.
@@ -328,7 +330,9 @@ class Split:
 
         self.rows, self.places = rows.cast_column("image", Image(decode=False)), tuple(places)
         self._images = self.rows.select_columns("image")
-        self._labels = self.rows.select_columns("labels")
+        self._labels = self.rows.select_columns(["image_id", "labels"])
+        self._captions = self.rows.select_columns("captions")
+        self._named = self.rows.select_columns([c for c in ("image_id", "file_name") if c in self.rows.column_names])
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -367,6 +371,10 @@ class Split:
         """Every caption of each image, as the annotators wrote it."""
         return self._list("captions")
 
+    def captions_of(self, index: int) -> list[str]:
+        """Every caption of one image."""
+        return self._captions[index]["captions"]
+
     @property
     def references(self) -> dict[int, list[str]]:
         """`captions` by image id."""
@@ -387,20 +395,30 @@ class Split:
         """The token ids of each caption of an image; the last id of each is EOS."""
         return self._labels[index]["labels"]
 
-    def lengths(self) -> list[int]:
-        """Tokens of all captions of each image, EOS included."""
-        return [sum(own) for own in self.caption_lengths()]
+    def labelled(self, index: int) -> dict[str, Any]:
+        """`image_id` and `labels` of an image, in one reading."""
+        return self._labels[index]
 
-    def caption_lengths(self) -> list[list[int]]:
-        """Tokens of each caption of each image, EOS included."""
+    def lengths(self) -> np.ndarray:
+        """Tokens of all captions of each image, EOS included: int32 (images,)."""
+        of_captions, counts = self.caption_lengths()
+        before = np.concatenate([[0], np.cumsum(of_captions)])  # tokens of the captions before each
+        last = np.cumsum(counts)
+        return (before[last] - before[last - counts]).astype(np.int32)
+
+    def caption_lengths(self) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens of each caption, EOS included, one image's captions after another's; and captions of each image.
+
+        Returns:
+            int32 (captions,) and int32 (images,).
+        """
         from pyarrow import compute
 
-        lengths: list[list[int]] = []
+        tokens, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
         for chunk in self._chunks("labels"):
-            of_captions = iter(compute.list_value_length(chunk.flatten()).to_pylist())
-            counts = compute.list_value_length(chunk).to_pylist()
-            lengths += [list(itertools.islice(of_captions, count)) for count in counts]
-        return lengths
+            tokens.append(compute.list_value_length(chunk.flatten()).to_numpy(zero_copy_only=False))
+            counts.append(compute.list_value_length(chunk).to_numpy(zero_copy_only=False))
+        return np.concatenate(tokens), np.concatenate(counts)
 
     def highest_token(self) -> int:
         """The highest token id of all captions."""
@@ -423,9 +441,8 @@ class Split:
         Raises:
             InputError: its bytes are not those of an image that `captioning.data.images` opens.
         """
-        name = f"image {self.image_id[index]}"
-        if (file_name := self.names[index]) != name:
-            name += f" ({file_name})"
+        row = self._named[index]
+        name = f"image {row['image_id']}" + (f" ({row['file_name']})" if row.get("file_name") else "")
         try:
             return images.to_rgb(images.decode(self.encoded(index), name), name)
         except images.ImageError as error:

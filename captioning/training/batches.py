@@ -117,7 +117,7 @@ class CaptionDataset(torch.utils.data.Dataset):
         if index == FILLER:
             return {**self[0], "labels": []}
         epoch, index = divmod(index, len(self))
-        row = {"image_id": self.split.image_id[index], "labels": self.split.labels(index)}
+        row = self.split.labelled(index)
         if self.features:
             return {**row, "features": self.features[epoch % len(self.features)][index]}
         return {**row, "pixels": self.image(index, epoch)}
@@ -130,16 +130,16 @@ class CaptionDataset(torch.utils.data.Dataset):
         """
         image = self.split.image(index)
         if variant and self.augment:
-            rng = np.random.default_rng((self.seed, variant, self.split.image_id[index]))
-            image = augmented(image, rng, self.may_mirror(self.split.captions[index]))
+            rng = np.random.default_rng((self.seed, variant, self.split.labelled(index)["image_id"]))
+            image = augmented(image, rng, self.may_mirror(self.split.captions_of(index)))
         return self.pixels(image)
 
     def may_mirror(self, captions: Iterable[str]) -> bool:
         """Whether an image with these captions may be mirrored."""
         return self.mirror and not any(map(names_a_side, captions))
 
-    def lengths(self) -> list[int]:
-        """Tokens of all captions of each image."""
+    def lengths(self) -> np.ndarray:
+        """Tokens of all captions of each image, int32 (images,)."""
         return self.split.lengths()
 
 
@@ -173,7 +173,7 @@ class LengthSampler(torch.utils.data.Sampler):
 
     def __init__(
         self,
-        lengths: Sequence[int],
+        lengths: Sequence[int] | np.ndarray,
         batch_size: int,
         seed: int,
         sort: bool = True,

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from transformers import (
     EarlyStoppingCallback,
@@ -349,10 +350,15 @@ class Resumed(TrainerCallback, ExportableState):
         Where the decoder learns by adapters, also a digest of what they are added to: a checkpoint does not hold it.
         """
         trainer = self.trainer
-        lengths: list[int] = getattr(trainer.train_dataset, "lengths", list)()
+        lengths = np.asarray(getattr(trainer.train_dataset, "lengths", list)())
         assert trainer.model is not None
         parts = {name.split(".")[0] for name, weight in trainer.model.named_parameters() if weight.requires_grad}
-        recipe = {"data": hashlib.sha256(str(lengths).encode()).hexdigest()[:16]}
+        digest = hashlib.sha256(b"[")
+        for start in range(0, len(lengths), 2**16):  # the text of a list, in pieces: it takes 4 bytes an image
+            text = ", ".join(map(str, lengths[start : start + 2**16].tolist()))
+            digest.update(f"{', ' if start else ''}{text}".encode())
+        digest.update(b"]")
+        recipe = {"data": digest.hexdigest()[:16]}
         if rank := lora.rank_of(trainer.model):
             parts = {f"decoder by adapters of rank {rank}" if part == "decoder" else part for part in parts}
             recipe["base"] = fingerprint(lora.base(trainer.model))
