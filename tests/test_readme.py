@@ -17,7 +17,9 @@ PAGES = [
 ]
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests/benchmarks/recipes").glob("*.sh"))
 SHARED = "tests/benchmarks/recipes/prepare.bash"  # what the recipes share
-OF_OTHERS = {"--multi_gpu", "--num_processes", "--cpu", "--check", "--ignore-scripts"}  # accelerate, ruff, npm
+OF_OTHERS = {"--multi_gpu", "--num_processes", "--cpu", "--use_fsdp"}  # accelerate
+OF_OTHERS |= {"--nnodes", "--node_rank", "--nproc_per_node", "--master_addr", "--master_port"}  # torchrun
+OF_OTHERS |= {"--check", "--ignore-scripts"}  # ruff, npm
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
 
@@ -25,7 +27,8 @@ FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 def known() -> set[str]:
     """Every flag of the scripts, as their help lists them, and of the benchmarks."""
     helps = [script("dataloader.py", "--help"), script("train.py", "--help_all"), script("inference.py", "--help")]
-    helps += [script(path.relative_to(ROOT), "--help") for path in (ROOT / "tests/benchmarks").glob("*.py")]
+    benchmarks = [*(ROOT / "tests/benchmarks").glob("*.py"), ROOT / "tests/load.py"]
+    helps += [script(path.relative_to(ROOT), "--help") for path in benchmarks]
     assert [done.stderr for done in helps if done.returncode] == []
     return set().union(*(FLAG.findall(done.stdout) for done in helps))
 

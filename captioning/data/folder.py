@@ -26,7 +26,6 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
 import PIL.Image
 
 from captioning import InputError, foreign
@@ -38,6 +37,7 @@ from captioning.files import lock, read_json, remove
 
 if TYPE_CHECKING:
     import datasets
+    import numpy as np
     import pyarrow
     from transformers import PreTrainedTokenizerBase
 
@@ -401,6 +401,8 @@ class Split:
 
     def lengths(self) -> np.ndarray:
         """Tokens of all captions of each image, EOS included: int32 (images,)."""
+        import numpy as np
+
         of_captions, counts = self.caption_lengths()
         before = np.concatenate([[0], np.cumsum(of_captions)])  # tokens of the captions before each
         last = np.cumsum(counts)
@@ -412,6 +414,7 @@ class Split:
         Returns:
             int32 (captions,) and int32 (images,).
         """
+        import numpy as np
         from pyarrow import compute
 
         tokens, counts = [np.zeros(0, np.int32)], [np.zeros(0, np.int32)]
