@@ -279,7 +279,7 @@ def test_archives_that_are_none(tmp_path, capsys, monkeypatch):
         ("text.tar", b"hello" * 300, "is no whole tar"),
         ("empty.tar", bytes(10240), "holds no images"),
         ("packed.tar.gz", b"\x1f\x8b", "is no whole tar behind its compression; get it again"),
-        ("photo.jpg.gz", b"", "is not read in place; unpack it with gunzip '.*photo.jpg.gz', and name what it has"),
+        ("photo.jpg.gz", b"", "is not read in place; unpack it with gunzip '.*photo.jpg.gz', and name what it holds"),
         ("x.tar.zst", b"", "unpack it with tar --zstd -xf"),
         ("x.7z", b"", "unpack it with 7z x"),
     ):

@@ -89,8 +89,7 @@ class Arguments:
     lora: int | None = flag(
         None,
         MODEL,
-        "of the decoder train adapters of this rank and the cross-attention only; at the end they are merged (pip "
-        "install peft; default: train all of it)",
+        "train adapters of this rank in the decoder, and its cross-attention (pip install peft; default: all of it)",
         metavar="RANK",
     )
     dropout: float | None = flag(None, MODEL, "of the decoder (default: its own, 0.1 for GPT-2)", metavar="RATE")
