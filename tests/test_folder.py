@@ -64,6 +64,7 @@ def test_a_split_gives_what_the_rows_hold(tmp_path):
         assert of_captions.tolist() == [len(own) for labels in expected["labels"] for own in labels]
         assert of_images.tolist() == list(map(len, expected["labels"]))
         assert [split.captions_of(index) for index in range(len(split))] == split.captions
+        assert list(split.captions_in_turn()) == split.captions
         assert split.labelled(1) == {"image_id": split.image_id[1], "labels": split.labels(1)}
         assert list(split.encoded_images()) == [split.encoded(index) for index in range(len(split))]
         for index in range(len(split)):

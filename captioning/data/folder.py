@@ -375,6 +375,10 @@ class Split:
         """Every caption of one image."""
         return self._captions[index]["captions"]
 
+    def captions_in_turn(self) -> Iterator[list[str]]:
+        """`captions_of` every image in turn."""
+        return self._each("captions")
+
     @property
     def references(self) -> dict[int, list[str]]:
         """`captions` by image id."""
@@ -393,7 +397,7 @@ class Split:
 
     def labels(self, index: int) -> list[list[int]]:
         """The token ids of each caption of an image; the last id of each is EOS."""
-        return self._labels[index]["labels"]
+        return self.labelled(index)["labels"]
 
     def labelled(self, index: int) -> dict[str, Any]:
         """`image_id` and `labels` of an image, in one reading."""
@@ -468,7 +472,11 @@ class Split:
         return b"".join(hashlib.sha256(image).digest() for image in self.encoded_images())
 
     def _list(self, column: str) -> list[Any]:
-        return [value for chunk in self._chunks(column) for value in chunk.to_pylist()]
+        return list(self._each(column))
+
+    def _each(self, column: str) -> Iterator[Any]:
+        for chunk in self._chunks(column):
+            yield from chunk.to_pylist()
 
     def _chunks(self, column: str) -> Iterator[pyarrow.Array]:
         """A column, up to 1024 rows at a time; other columns are not read."""

@@ -157,7 +157,7 @@ class FeatureCache:
         if self.precision != torch.float32:
             digest.update(str(self.precision).encode())
         if variant:
-            may_mirror = [dataset.may_mirror(dataset.split.captions_of(index)) for index in range(len(dataset))]
+            may_mirror = list(map(dataset.may_mirror, dataset.split.captions_in_turn()))
             digest.update(json.dumps([AUGMENTATION, variant, dataset.seed, may_mirror]).encode())
             digest.update(json.dumps(dataset.split.image_id).encode())  # which decide the variant of each
         encoder = self.bundle.model.encoder

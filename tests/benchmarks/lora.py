@@ -16,7 +16,6 @@ import resource
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -29,20 +28,11 @@ FEATURES = (197, 384)
 def measure(rank: int, updates: int, batch: int) -> dict[str, float]:
     """One training, in this process."""
     import torch
-    from precision import WORDS, Clock, Rows
-    from transformers import (
-        AutoModel,
-        GPT2Config,
-        GPT2LMHeadModel,
-        Seq2SeqTrainingArguments,
-        VisionEncoderDecoderModel,
-        set_seed,
-    )
+    from precision import WORDS, Rows, timed
+    from transformers import AutoModel, GPT2Config, GPT2LMHeadModel, VisionEncoderDecoderModel, set_seed
 
     from captioning.model import captioner, lora, parts
     from captioning.model.fast import multiplies_in_bfloat16
-    from captioning.training import batches
-    from captioning.training.trainer import CaptionTrainer
 
     set_seed(0)
     tokenizer = parts.train_tokenizer([" ".join(WORDS)] * 3, 1000)
@@ -63,30 +53,9 @@ def measure(rank: int, updates: int, batch: int) -> dict[str, float]:
         lora.add(model, rank)
     model.encoder.pooler.requires_grad_(False)
     every, trained = captioner.count_parameters(model)
-    clock = Clock()
-    with tempfile.TemporaryDirectory() as folder:
-        args = Seq2SeqTrainingArguments(
-            output_dir=folder,
-            max_steps=updates,
-            bf16=bfloat16,
-            use_cpu=True,
-            per_device_train_batch_size=batch,
-            report_to="none",
-            save_strategy="no",
-            remove_unused_columns=False,
-            disable_tqdm=True,
-        )
-        CaptionTrainer(
-            captioner.Bundle(model, tokenizer, parts.load_image_processor("small")),
-            {},
-            {},
-            args=args,
-            data_collator=batches.Collator(tokenizer.bos_token_id, tokenizer.pad_token_id, True),
-            train_dataset=Rows(tokenizer, 224, FEATURES),
-            callbacks=[clock],
-        ).train()
+    bundle = captioner.Bundle(model, tokenizer, parts.load_image_processor("small"))
+    seconds = timed(bundle, Rows(tokenizer, 224, FEATURES), updates, batch, bfloat16)
     state = sum(p.numel() * p.element_size() for p in model.parameters() if p.requires_grad)
-    seconds = [after - before for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
     return {
         "every": every / 1e6,
         "trained": trained / 1e6,

@@ -103,25 +103,31 @@ def seconds(encoder: str, decoder: str, kind: str, half: bool, updates: int, voc
             (size // parts.ENCODER_PRESETS[encoder].get("patch_size", 16)) ** 2 + 1,
             model.encoder.config.hidden_size,
         )
-    rows = Rows(tokenizer, size, features)
+    return timed(bundle, Rows(tokenizer, size, features), updates, 16, half)
+
+
+def timed(bundle: captioner.Bundle, rows: Rows, updates: int, images: int, half: bool) -> list[float]:
+    """Train on the CPU; the processor seconds of each update but the first two.
+
+    Args:
+        images: in an update.
+        half: multiply in bfloat16.
+    """
+    clock, tokenizer = Clock(), bundle.tokenizer
     with tempfile.TemporaryDirectory() as folder:
         args = Seq2SeqTrainingArguments(
             output_dir=folder,
             max_steps=updates,
             bf16=half,
             use_cpu=True,
-            per_device_train_batch_size=16,
+            per_device_train_batch_size=images,
             report_to="none",
             save_strategy="no",
             remove_unused_columns=False,
             disable_tqdm=True,
         )
-        clock = Clock()
         collator = batches.Collator(tokenizer.bos_token_id, tokenizer.pad_token_id, True)
-        trainer = CaptionTrainer(
-            bundle, {}, {}, args=args, data_collator=collator, train_dataset=rows, callbacks=[clock]
-        )
-        trainer.train()
+        CaptionTrainer(bundle, {}, {}, args=args, data_collator=collator, train_dataset=rows, callbacks=[clock]).train()
     return [after - before for before, after in zip(clock.times[1:], clock.times[2:], strict=False)]
 
 
