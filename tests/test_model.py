@@ -19,7 +19,7 @@ from captioning.data import folder
 from captioning.model import captioner, generate, packing, parts
 from captioning.model.captioner import PARTS, part_of
 from captioning.training import batches
-from captioning.training.trainer import caption_loss
+from captioning.training.loss import caption_loss
 
 
 @pytest.fixture(scope="module")

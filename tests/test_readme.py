@@ -109,7 +109,7 @@ def test_the_table_of_files_lists_every_module():
     [
         ("captioning/data/images.py", "open_image"),  # where a JPEG is opened
         ("captioning/data/folder.py", "encode_captions"),  # where labels are made
-        ("captioning/training/trainer.py", "caption_loss"),  # where the loss is
+        ("captioning/training/loss.py", "caption_loss"),  # where the loss is
         ("captioning/training/batches.py", "augmented"),  # what --augment does
         ("captioning/scores/metrics.py", "coco_scores"),  # where to add a score
     ],

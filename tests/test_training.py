@@ -34,8 +34,9 @@ from captioning.training.arguments import (
     training_argument_types,
     training_arguments,
 )
+from captioning.training.loss import caption_loss
 from captioning.training.self_critical import SelfCritical
-from captioning.training.trainer import Patience, caption_loss
+from captioning.training.trainer import Patience
 
 
 @pytest.fixture(scope="module")

@@ -17,12 +17,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch.nn import functional
 from transformers import DynamicCache, EncoderDecoderCache, VisionEncoderDecoderModel
 
 from captioning.model.captioner import Bundle
 from captioning.model.generate import decode
 from captioning.model.packing import decoder_mask
+from captioning.training.loss import weighted_loss
 
 # Image ids, captions, whether each came to its end -> a reward for each caption; such as `scores.reward.CiderReward`.
 Reward = Callable[[Sequence[int], Sequence[str], Sequence[bool]], Sequence[float]]
@@ -91,8 +91,7 @@ class SelfCritical:
             advantages: (tokens,), of `Samples`.
             num_items: what the sum is divided by.
         """
-        likelihood = -functional.cross_entropy(logits.float(), labels, reduction="none")
-        return -(advantages * likelihood).sum() / num_items
+        return weighted_loss(logits, labels, advantages / num_items)
 
 
 def switch_off_dropout(model: torch.nn.Module) -> None:

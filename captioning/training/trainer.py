@@ -1,4 +1,4 @@
-"""Trains and scores a captioner: the loss over real tokens, one caption per image, learning rates by part.
+"""Trains and scores a captioner: updates over real tokens, one caption per image, learning rates by part.
 
 How training stops and goes on stands in `captioning.training.resumable`; what the last epochs may do instead of raising
 the likelihood in `captioning.training.self_critical`; how captions share a row in `captioning.model.packing`.
@@ -28,35 +28,13 @@ from captioning.model.parts import save_tokenizer
 from captioning.scores.metrics import evaluate
 from captioning.training.arguments import Length, length
 from captioning.training.batches import Collator, LengthSampler
+from captioning.training.loss import caption_loss
 from captioning.training.progress import Progress, Throughput
 from captioning.training.resumable import ResumableTrainer
 from captioning.training.self_critical import SelfCritical, switch_off_dropout
 
 # a caption, the references of its image -> a score
 Score = Callable[[str, Sequence[str]], float]
-
-
-def caption_loss(
-    logits: torch.Tensor, labels: torch.Tensor, num_items: torch.Tensor | int | None, smoothing: float = 0.0
-) -> torch.Tensor:
-    """Cross-entropy in nats per token.
-
-    Args:
-        logits: (..., vocabulary)
-        labels: (...), aligned with `logits` (not shifted again); -100 counts for nothing.
-        num_items: tokens to divide by, which under gradient accumulation are those of the whole update; None: those
-            of this batch.
-        smoothing: label smoothing (https://arxiv.org/abs/1512.00567), 0 to 1.
-    """
-    reduction = "mean" if num_items is None else "sum"
-    loss = functional.cross_entropy(
-        logits.flatten(0, -2).float(),
-        labels.flatten(),
-        ignore_index=IGNORED,
-        reduction=reduction,
-        label_smoothing=smoothing,
-    )
-    return loss if num_items is None else loss / num_items
 
 
 class Forward(NamedTuple):
