@@ -276,6 +276,7 @@ def configure(
 ) -> None:
     """What the flags change of the model itself."""
     from captioning.model import captioner
+    from captioning.training import on_cpu
 
     if args.dropout is not None:
         captioner.set_dropout(model, args.dropout)
@@ -287,6 +288,8 @@ def configure(
     if training.device.type == "cpu" and training.bf16:
         # There torch's fused attention is two to five times slower than plain matrix products.
         model.set_attn_implementation("eager")
+        if not training.torch_compile:  # which fuses what it finds
+            on_cpu.prepare(model.decoder)
 
 
 def limit_length(
