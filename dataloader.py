@@ -86,10 +86,12 @@ class Arguments:
         False, FORM, "convert images that are grey, transparent, of a palette or for print (default: they are dropped)"
     )
     save_path: Path = flag(Path("processed_data"), FORM, "the folder to write")
-    encoder: str = flag(
-        "google/vit-base-patch16-224-in21k",
+    encoder: list[str] = flag(
+        ["google/vit-base-patch16-224-in21k"],
         FORM,
-        "decides the image size: a hub id, a folder, or a preset (mit, tiny, small, base)",
+        "decides the image size: a hub id, a folder, or a preset (mit, tiny, small, base); two see side by side, in "
+        "images for the first",
+        metavar="NAME",
     )
     decoder: str = flag(
         "gpt2",
@@ -144,6 +146,7 @@ class Arguments:
         for name in ("image_column", "caption_column", "split_column"):
             if getattr(self, name) and not self.data:
                 raise InputError(f"--{name} belongs to --data; give that too")
+        cli.check_encoders(self.encoder)
         scheme, _, host = self.coco_url.partition("://")
         if scheme.lower() not in ("http", "https") or not host:
             raise InputError(f"--coco_url {fetch.shown(self.coco_url)} is not an http or https address")
@@ -191,12 +194,12 @@ def prepare(args: Arguments, work: Path) -> str:
 
     disable_progress_bar()
     parts.quiet_transformers()
-    image_processor = parts.load_image_processor(args.encoder, whole=not args.center_crop)
+    image_processor = parts.load_image_processor(args.encoder[0], whole=not args.center_crop)
     captioner.check_parts(args.encoder, args.decoder, image_processor)
     tokenizer = None if args.decoder in parts.DECODER_PRESETS else parts.load_tokenizer(args.decoder)
     # Room for a random crop: 256 pixels for a model that sees 224.
     short_side = parts.stored_side(image_processor)
-    cli.note(f"images are stored with a shorter side of {short_side} px at most, for {args.encoder}")
+    cli.note(f"images are stored with a shorter side of {short_side} px at most, for {' + '.join(args.encoder)}")
 
     # Choose
     order = choose.Pools(pools, args.seed)
@@ -226,7 +229,7 @@ def prepare(args: Arguments, work: Path) -> str:
     image_processor.save_pretrained(work)
     shares = ("val_share", "test_share") if choose.uses_shares(pools, limit) else ()
     names = ("limit_data", *shares, "seed", "encoder", "decoder", "center_crop", "max_length")
-    settings = {name: getattr(args, name) for name in names}
+    settings = {name: getattr(args, name) for name in names} | {"encoder": cli.one_or_two(args.encoder)}
     settings |= {name: getattr(args, name) for name in ("shard", "convert_rgb") if getattr(args, name)}
     counts = {split: len(records) for split, records in chosen.splits.items()}
     description = folder.describe(source, counts, settings, truncated, chosen.dropped)

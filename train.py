@@ -110,7 +110,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
         )
     rates = learning_rates(args, training.learning_rate, bundle.model, new)
     every, trained = captioner.count_parameters(bundle.model)
-    say(f"model: {' -> '.join(names.values())}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
+    say(f"model: {' -> '.join(' + '.join(parts.encoders(name)) for name in names.values())}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
     used = {part: rate for part, rate in rates.items() if not (part == "encoder" and frozen)}
     say("learning rates: " + ", ".join(f"{part} {rate:g}" for part, rate in used.items()))
     say(when(args, length))
@@ -224,7 +224,7 @@ def only_run_in(folder: Path, training: Seq2SeqTrainingArguments) -> Iterator[No
 
 def open_captioner(
     args: arguments.Arguments, description: Mapping[str, Any]
-) -> tuple[Bundle, set[str], dict[str, str]]:
+) -> tuple[Bundle, set[str], dict[str, Any]]:
     """The captioner to train, which of its parameters have random values, and the names of its encoder and decoder."""
     from captioning.model import captioner, parts
 
@@ -234,7 +234,8 @@ def open_captioner(
         bundle = captioner.load(args.model_path)
         parts.refuse_small_images(of_data, bundle.image_processor, args.data, args.model_path, args.model_path)
         return bundle, set(), captioner.names_of(args.model_path)
-    names = {part: getattr(args, part) or description[part] for part in ("encoder", "decoder")}
+    encoder = cli.one_or_two(args.encoder) if args.encoder else description["encoder"]
+    names = {"encoder": encoder, "decoder": args.decoder or description["decoder"]}
     if args.lora and names["decoder"] in parts.DECODER_PRESETS:
         raise InputError(
             f"--lora adapts a decoder that has learnt already, and --decoder '{names['decoder']}' starts from random "
@@ -242,9 +243,10 @@ def open_captioner(
         )
     tokenizer = parts.load_tokenizer(folder, "--data_path")
     image_processor = of_data
-    if names["encoder"] != description["encoder"]:
-        image_processor = parts.load_image_processor(names["encoder"], whole=not description.get("center_crop"))
-        parts.refuse_small_images(of_data, image_processor, args.data, names["encoder"], names["decoder"])
+    if encoder != description["encoder"]:
+        first = parts.encoders(encoder)[0]
+        image_processor = parts.load_image_processor(first, whole=not description.get("center_crop"))
+        parts.refuse_small_images(of_data, image_processor, args.data, encoder, names["decoder"])
     if names["decoder"] not in (*parts.DECODER_PRESETS, description["decoder"]):
         # A pretrained decoder only understands its own token ids.
         theirs = parts.load_tokenizer(names["decoder"])
@@ -253,8 +255,8 @@ def open_captioner(
                 f"--decoder '{names['decoder']}' has another tokenizer than the data in '{args.data}', which was "
                 f"made for '{description['decoder']}'; run dataloader.py with --decoder '{names['decoder']}'"
             )
-    model, new = captioner.assemble(names["encoder"], names["decoder"], tokenizer)
-    captioner.refuse_misfit(model.encoder, image_processor, f"--encoder '{names['encoder']}'")
+    model, new = captioner.assemble(encoder, names["decoder"], tokenizer)
+    captioner.refuse_misfit(model.encoder, image_processor, parts.quoted(encoder))
     return captioner.Bundle(model, tokenizer, image_processor), new, names
 
 

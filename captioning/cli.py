@@ -76,6 +76,23 @@ def prepared_folders(words: Sequence[Path]) -> list[Path]:
     return folders
 
 
+def check_encoders(names: Sequence[str]) -> None:
+    """Refuse more encoders than two, and one twice.
+
+    Raises:
+        InputError: `--encoder` says so.
+    """
+    if len(names) > 2:
+        raise InputError(f"--encoder names {len(names)} encoders; give one, or two that see side by side")
+    if len(names) == 2 and names[0] == names[1]:
+        raise InputError(f"--encoder names '{names[0]}' twice; give it once, or another beside it")
+
+
+def one_or_two(names: Sequence[str]) -> str | list[str]:
+    """The words of `--encoder` as files tell them: one name, or a list of two."""
+    return names[0] if len(names) == 1 else list(names)
+
+
 class _Parser(argparse.ArgumentParser):
     """Errors are one sentence, without the usage of every flag above it."""
 

@@ -16,7 +16,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 from captioning import InputError
 from captioning.data import images
-from captioning.model import captioner, explain, generate, parts
+from captioning.model import captioner, explain, generate, grid, parts
 from captioning.model.caption import words_of
 
 TEXTS = ["a dog runs on the grass", "two cats, a dog and a \N{DOG FACE}!", "don't stop"]
@@ -193,7 +193,7 @@ def test_it_finds_the_patch_that_the_model_needs(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("tokens", "size", "config", "grid"),
+    ("tokens", "size", "config", "wanted"),
     [
         (197, (224, 224), {"patch_size": 16}, (14, 14)),  # ViT, BEiT
         (198, (224, 224), {"patch_size": 16}, (14, 14)),  # DeiT
@@ -208,16 +208,16 @@ def test_it_finds_the_patch_that_the_model_needs(tokenizer):
         (49, (224, 224), {}, (7, 7)),
     ],
 )
-def test_patch_grids(tokens, size, config, grid):
+def test_patch_grids(tokens, size, config, wanted):
     settings = ViTConfig()
     del settings.patch_size
     vars(settings).update(config)
-    assert explain.patch_grid(tokens, size, settings) == grid
+    assert grid.patch_grid(tokens, size, settings) == wanted
 
 
 def test_tokens_that_are_no_grid_are_refused():
     with pytest.raises(InputError, match="the 60 tokens of a vit encoder are no grid"):
-        explain.patch_grid(60, (48, 48), ViTConfig(patch_size=8))
+        grid.patch_grid(60, (48, 48), ViTConfig(patch_size=8))
 
 
 # ---- what the model sees
@@ -301,4 +301,4 @@ def test_a_real_encoder_is_explained(shared, tokenizer):
 def test_the_grid_of_a_preset_that_has_no_patch_size(tokenizer):
     encoder = captioner.build("mit", "tiny", tokenizer).encoder
     tokens = encoder(torch.zeros(1, 3, 60, 60)).last_hidden_state.shape[1]
-    assert explain.patch_grid(tokens, (60, 60), encoder.config) == (6, 6)
+    assert grid.patch_grid(tokens, (60, 60), encoder.config) == (6, 6)

@@ -204,7 +204,7 @@ def test_a_map_of_features_is_flattened_to_patch_states(kind, tokenizer, tmp_pat
     )
     loss = net(pixel_values=x, decoder_input_ids=torch.ones(2, 3, dtype=torch.long)).logits.sum()
     loss.backward()
-    rows, columns = explain.patch_grid(states.shape[1], (64, 64), net.encoder.config)
+    rows, columns = grid.patch_grid(states.shape[1], (64, 64), net.encoder.config)
     assert rows == columns and states.shape[1] - rows * columns in (0, 1)
 
 

@@ -47,7 +47,7 @@ SHARD_SIZE = 500_000_000  # bytes of one Arrow file, about
 COUNT = foreign.whole(0, 2**40)
 DESCRIBED = {
     "source": foreign.text(least=1),
-    "encoder": foreign.text(4096, 1),
+    "encoder": foreign.either(foreign.text(4096, 1), foreign.list_of(foreign.text(4096, 1), 2, 2)),
     "decoder": foreign.text(4096, 1),
     "images": foreign.object_of(COUNT, most=100),
     "max_length": foreign.whole(2, 1_000_000),

@@ -35,19 +35,24 @@ from transformers.modeling_outputs import BaseModelOutput
 from captioning import InputError
 from captioning.cli import note
 from captioning.files import check_target, read_json, remove
+from captioning.foreign import either, list_of, text
 from captioning.model.limits import decoding_schema, decoding_settings
 from captioning.model.parts import (
     BUNDLE_HINT,
     CAPTIONER,
     DECODER_PRESETS,
     ENCODER_PRESETS,
+    Encoder,
     Pixels,
     brief,
     decoder_config,
     encoder_config,
+    encoders,
     image_processor_in,
     literal,
+    load_image_processor,
     preset_config,
+    quoted,
     read_config,
     refuse_other_kinds,
     refusing,
@@ -55,6 +60,7 @@ from captioning.model.parts import (
     save_tokenizer,
     tokenizer_in,
 )
+from captioning.model.two_encoders import side_by_side
 from captioning.model.weights import is_cross_attention, load_weights
 from captioning.model.wishes import Wishes
 
@@ -64,6 +70,8 @@ FASTER: dict[str, Any] = {"attn_pdrop": 0.0, "activation_function": "gelu_pytorc
 SPECIAL = ("bos_token_id", "eos_token_id", "pad_token_id")
 # How captions are decoded unless told otherwise.
 DECODING = {"num_beams": 3, "max_new_tokens": 40}
+# What a run folder notes of the names of its parts.
+NOTED = {"encoder": either(text(4096), list_of(text(4096), 2, 2)), "decoder": text(4096)}
 
 
 @dataclass
@@ -122,8 +130,21 @@ def decode(tokenizer: PreTrainedTokenizerBase, tokens: torch.Tensor | Sequence[S
 # ---- build
 
 
-def build_encoder(name: str) -> tuple[PreTrainedModel, set[str]]:
-    """A vision encoder in float32 from a preset, a folder or a hub id, and the names of what is random in it."""
+def build_encoder(named: Encoder) -> tuple[PreTrainedModel, set[str]]:
+    """A vision encoder in float32 from a preset, a folder or a hub id, and the names of what is random in it.
+
+    Two names give both side by side, see `two_encoders`.
+    """
+    names = encoders(named)
+    if len(names) == 1:
+        return _build_encoder(names[0])
+    (first, new_first), (second, new_second) = map(_build_encoder, names)
+    both = side_by_side(first, second, [Pixels(load_image_processor(name)) for name in names])
+    give_patch_states(both, quoted(names))
+    return both, {f"first.{name}" for name in new_first} | {f"second.{name}" for name in new_second}
+
+
+def _build_encoder(name: str) -> tuple[PreTrainedModel, set[str]]:
     if name in ENCODER_PRESETS:
         encoder = AutoModel.from_config(preset_config(name))
         return encoder, set(encoder.state_dict())
@@ -215,21 +236,31 @@ def refuse_misfit(encoder: Any, image_processor: Any, what: str) -> None:
         ) from None
 
 
-def check_parts(encoder: str, decoder: str, image_processor: Any) -> None:
+def check_parts(encoder: Encoder, decoder: str, image_processor: Any) -> None:
     """Refuse names that train.py cannot use, before any data are prepared for them; no weights are read.
+
+    Args:
+        image_processor: of the encoder; of two, that of the first one.
 
     Raises:
         InputError: as `refuse_other_kinds` and `refuse_misfit`.
     """
-    config = refuse_other_kinds(encoder, decoder)
-    if config is None:
-        return
-    with (
-        refusing(literal(f"--encoder '{encoder}'") + " has a config.json that no model can be built of: {reason}"),
-        torch.device("meta"),
-    ):
-        blank = AutoModel.from_config(config)
-    refuse_misfit(blank, image_processor, f"--encoder '{encoder}'")
+    names = encoders(encoder)
+    processors = [image_processor, *map(load_image_processor, names[1:])]
+    blanks = []
+    for name, config, processor in zip(names, refuse_other_kinds(encoder, decoder), processors, strict=True):
+        if config is None:
+            return
+        with (
+            refusing(literal(f"--encoder '{name}'") + " has a config.json that no model can be built of: {reason}"),
+            torch.device("meta"),
+        ):
+            blanks.append(AutoModel.from_config(config))
+        refuse_misfit(blanks[-1], processor, f"--encoder '{name}'")
+    if len(names) > 1:
+        for name, blank in zip(names, blanks, strict=True):
+            give_patch_states(blank, f"--encoder '{name}'")
+        refuse_misfit(side_by_side(*blanks, [*map(Pixels, processors)]), image_processor, quoted(names))
 
 
 def _flatten(encoder, inputs, outputs):
@@ -272,15 +303,15 @@ def build_decoder(name: str, tokenizer: PreTrainedTokenizerBase) -> tuple[PreTra
     return decoder, new
 
 
-def build(encoder: str, decoder: str, tokenizer: PreTrainedTokenizerBase) -> VisionEncoderDecoderModel:
+def build(encoder: Encoder, decoder: str, tokenizer: PreTrainedTokenizerBase) -> VisionEncoderDecoderModel:
     """A captioner from an encoder and a decoder, ready to train; see `assemble`."""
     return assemble(encoder, decoder, tokenizer)[0]
 
 
 def assemble(
-    encoder: str, decoder: str, tokenizer: PreTrainedTokenizerBase
+    encoder: Encoder, decoder: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[VisionEncoderDecoderModel, set[str]]:
-    """A captioner from an encoder and a decoder, ready to train, and which of its parameters have random values.
+    """A captioner from an encoder, or two, and a decoder, ready to train, and which of its parameters are random.
 
     Parameters that no caption loss can reach (a pooler, a masked-image token) are frozen, so that they cost no
     optimiser state and distributed training does not wait for their gradients.
@@ -448,15 +479,16 @@ def _named_as_before(model: VisionEncoderDecoderModel) -> dict[str, torch.Tensor
     return {re.sub(r"^encoder\.(?!vision_model\.)", "encoder.vision_model.", name): state[name] for name in state}
 
 
-def names_of(path: str | os.PathLike) -> dict[str, str]:
+def names_of(path: str | os.PathLike) -> dict[str, Any]:
     """The names of a captioner's encoder and decoder: as train.py noted them in the folder, or their kinds."""
     folder = resolve(path, "--model_path", weights=False)
     config = read_config(folder, "--model_path")
-    names = {"encoder": config.encoder.model_type, "decoder": config.decoder.model_type}
+    seeing = [getattr(config.encoder, part).model_type for part in ("first", "second") if hasattr(config.encoder, part)]
+    names = {"encoder": seeing or config.encoder.model_type, "decoder": config.decoder.model_type}
     with contextlib.suppress(InputError):
         noted = read_json(folder / "results.json").get("model")
         if isinstance(noted, dict):
-            names |= {part: noted[part] for part in names if isinstance(noted.get(part), str)}
+            names |= {part: noted[part] for part in names if part in noted and NOTED[part](noted[part]) is None}
     return names
 
 

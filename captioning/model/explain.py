@@ -24,9 +24,9 @@ from captioning.model import constrain
 from captioning.model.caption import Caption, ranked, shown_words
 from captioning.model.captioner import Bundle
 from captioning.model.generate import decode, generate_tokens
+from captioning.model.grid import patch_grid
 
 SCORED_TOGETHER = 32  # captions: with GPT-2's vocabulary and 40 tokens their logits take 260 MB
-MOST_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches
 
 
 @dataclass
@@ -170,36 +170,6 @@ def cross_attention(
             )
     chosen = attentions if layers is None else [attentions[layer] for layer in layers]
     return torch.stack([layer[0].float().mean(0) for layer in chosen]).mean(0).cpu().numpy()
-
-
-def patch_grid(tokens: int, size: Sequence[int], config: Any) -> tuple[int, int]:
-    """(rows, columns) of the patches that an encoder's last `tokens` tokens stand for.
-
-    Before them come a class token or none, a distillation token (DeiT), registers (DINOv2).
-
-    Args:
-        tokens: how many the encoder returns.
-        size: (height, width) of its input in pixels.
-        config: the encoder's; without a `patch_size` the grid is taken to be square.
-
-    Raises:
-        InputError: no grid has about as many patches.
-    """
-    patch = getattr(config, "patch_size", None)
-    if patch:
-        high, wide = (patch, patch) if isinstance(patch, int) else patch
-        # Swin and its like halve the grid from stage to stage.
-        rows, columns = size[0] // high, size[1] // wide
-        while rows * columns > tokens:
-            rows, columns = math.ceil(rows / 2), math.ceil(columns / 2)
-        if rows * columns > 0 and tokens - rows * columns <= MOST_EXTRA_TOKENS:
-            return rows, columns
-    else:
-        for extra in (0, 1, 2, 5):
-            side = math.isqrt(max(tokens - extra, 0))
-            if side and side * side == tokens - extra:
-                return side, side
-    raise InputError(f"the {tokens} tokens of a {config.model_type} encoder are no grid of patches; nothing to explain")
 
 
 def seen_region(image_processor, width: int, height: int) -> tuple[float, float, float, float]:

@@ -175,13 +175,16 @@ def _check_setting(name: str, value: Any, where: str) -> None:
             raise InputError(f"{where} says {name} {shown(value)}, and {wanted} is what can be used; correct it")
 
 
-def check_sides(config: Any, what: str) -> None:
+def check_sides(config: Any, what: str, size: Any = None) -> None:
     """Refuse more patches than an encoder can see at a time.
+
+    Args:
+        size: of the image in pixels, where it is not the one that the configuration says.
 
     Raises:
         InputError: the image is too large for its patches.
     """
-    side, patch = getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    side, patch = size or getattr(config, "image_size", None), getattr(config, "patch_size", None)
     sides = side if isinstance(side, list | tuple) else [side, side]
     patches = patch if isinstance(patch, list | tuple) else [patch, patch]
     if not all(isinstance(each, int) and each > 0 for each in [*sides, *patches]) or len(sides) != len(patches):

@@ -11,7 +11,7 @@ import functools
 import json
 import os
 import re
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +33,7 @@ from transformers.utils import logging as transformers_logging
 from captioning import InputError
 from captioning.cli import note
 from captioning.files import is_full_disk, read_json, write_whole
+from captioning.model import two_encoders
 from captioning.model.limits import check_files, check_processor, check_sides, read_settings
 
 MOST_TOKENS = 4_000_000  # of a tokenizer
@@ -86,6 +87,8 @@ DECODER_PRESETS: dict[str, dict[str, Any]] = {
 # The largest vocabulary that a preset's tokenizer may learn from the training captions.
 VOCABULARY = {"tiny": 1_000, "small": 5_000, "base": 50_257}
 END_OF_TEXT = "<|endoftext|>"
+# The name of an encoder, or those of two that see side by side.
+Encoder = str | Sequence[str]
 CAPTIONER = "vision-encoder-decoder"  # the model_type of a run folder
 BUNDLE_HINT = "name a run folder that train.py wrote"
 
@@ -93,6 +96,16 @@ BUNDLE_HINT = "name a run folder that train.py wrote"
 def preset_config(encoder: str) -> Any:
     """The configuration of an encoder preset."""
     return (SegformerConfig if encoder == "mit" else ViTConfig)(**ENCODER_PRESETS[encoder])
+
+
+def encoders(named: Encoder) -> list[str]:
+    """The names of one encoder or of two."""
+    return [named] if isinstance(named, str | os.PathLike) else list(named)
+
+
+def quoted(named: Encoder) -> str:
+    """How messages call an encoder, or two: --encoder 'A' 'B'."""
+    return "--encoder " + " ".join(f"'{name}'" for name in encoders(named))
 
 
 def quiet_transformers() -> None:
@@ -200,6 +213,11 @@ def read_config(folder: Path, what: str):
     check_sides(config, name)
     for part in ("encoder", "vision_config"):
         check_sides(getattr(config, part, None), name)
+    for pair in (config, getattr(config, "encoder", None)):
+        if getattr(pair, "model_type", None) == two_encoders.KIND:
+            for part, size in ((pair.first, pair.image_size), (pair.second, pair.second_image_size)):
+                check_sides(part, name)
+                check_sides(part, name, size)
     return config
 
 
@@ -272,30 +290,33 @@ def _that_speaks(config: Any, what: str) -> Any:
     return config
 
 
-def refuse_other_kinds(encoder: str, decoder: str) -> Any:
+def refuse_other_kinds(encoder: Encoder, decoder: str) -> list[Any]:
     """Refuse models that train.py cannot use, by their configuration alone, before any data are prepared for them.
 
     A run folder may stand for both.
 
     Returns:
-        The encoder's configuration; None for a preset, and for a folder without one: a tokenizer alone, say.
+        The configuration of each encoder; None for a folder without one: a tokenizer alone, say.
 
     Raises:
         InputError: the encoder sees no images, or the decoder is not of the GPT-2 family.
     """
     from transformers import MODEL_MAPPING
 
-    seeing = _config_there(encoder, "--encoder", ENCODER_PRESETS)
-    if seeing is not None and seeing.model_type == CAPTIONER:
-        seeing = seeing.encoder
-    elif seeing is not None:
-        seeing = _that_sees(seeing, f"--encoder '{encoder}'")
-        if getattr(MODEL_MAPPING.get(type(seeing), None), "main_input_name", None) != "pixel_values":
-            raise InputError(f"--encoder '{encoder}' is a {seeing.model_type}, not a vision encoder with patch states")
+    found = []
+    for name in encoders(encoder):
+        seeing = preset_config(name) if name in ENCODER_PRESETS else _config_there(name, "--encoder", ())
+        if seeing is not None and seeing.model_type == CAPTIONER:
+            seeing = seeing.encoder
+        elif seeing is not None:
+            seeing = _that_sees(seeing, f"--encoder '{name}'")
+            if getattr(MODEL_MAPPING.get(type(seeing), None), "main_input_name", None) != "pixel_values":
+                raise InputError(f"--encoder '{name}' is a {seeing.model_type}, not a vision encoder with patch states")
+        found.append(seeing)
     speaking = _config_there(decoder, "--decoder", DECODER_PRESETS)
     if speaking is not None and speaking.model_type != CAPTIONER:
         _that_speaks(speaking, f"--decoder '{decoder}'")
-    return seeing
+    return found
 
 
 def _config_there(name: str, what: str, presets: Collection[str]) -> Any:
@@ -459,7 +480,7 @@ def stored_side(image_processor) -> int:
     return max(resized_side(image_processor), round(input_side(image_processor) * 8 / 7))
 
 
-def refuse_small_images(of_data, image_processor, data_path: str, encoder: str, decoder: str) -> None:
+def refuse_small_images(of_data, image_processor, data_path: str, encoder: Encoder, decoder: str) -> None:
     """Refuse images that were stored for a smaller model.
 
     Args:
@@ -473,8 +494,8 @@ def refuse_small_images(of_data, image_processor, data_path: str, encoder: str, 
     stored, seen = stored_side(of_data), resized_side(image_processor)
     if stored < seen:
         raise InputError(
-            f"the images of --data_path '{data_path}' are stored with {stored} px, and '{encoder}' sees {seen}; run "
-            f"dataloader.py with --encoder '{encoder}' --decoder '{decoder}'"
+            f"the images of --data_path '{data_path}' are stored with {stored} px, and '{encoders(encoder)[0]}' sees "
+            f"{seen}; run dataloader.py with {quoted(encoder)} --decoder '{decoder}'"
         )
 
 
@@ -506,6 +527,11 @@ class Pixels:
     def resized_side(self) -> int:
         """The shorter side, in pixels, that images are resized to before any crop."""
         return resized_side(self.image_processor)
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """(height, width) in pixels of what comes out."""
+        return self(Image.new("RGB", (64, 48))).shape[1:]
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """An RGB image -> uint8 (3, height, width), resized and cropped."""

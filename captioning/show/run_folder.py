@@ -35,6 +35,10 @@ if TYPE_CHECKING:
 GALLERY = 20  # images, the first ones of the test split
 NEEDED = ("torch", "transformers", "pillow")  # by the model card's code
 TRIED_WITH = "4.57 and 5.23"  # where the model card's code gives the captions of inference.py
+TWO_ENCODERS = """
+Two encoders see side by side here, which transformers alone does not know: the code needs the folder `captioning` of the
+trainer beside it, and runs nothing that comes with the model.
+"""
 
 
 @dataclass(frozen=True)
@@ -128,7 +132,9 @@ def model_card(results: Mapping[str, Any], name: str) -> str:
     """
     names, data, test, versions = results["model"], results["data"], results["test"], results["versions"]
     # Only what was fetched from the hub has a name there; a local folder's would be a wrong link.
-    parts = [part for part in (names["encoder"], names["decoder"]) if is_hub_id(part)]
+    encoders = names["encoder"] if isinstance(names["encoder"], list) else [names["encoder"]]
+    parts = [part for part in (*encoders, names["decoder"]) if is_hub_id(part)]
+    licensed = [encoder if is_hub_id(encoder) else "the encoder" for encoder in dict.fromkeys(encoders)]
     metadata = ModelCardData(
         model_name=name,
         library_name="transformers",
@@ -178,7 +184,7 @@ a {results["interval"]}. Signature: `{test["signature"]}`
 ```python
 from PIL import Image, ImageOps
 from transformers import AutoImageProcessor, AutoTokenizer, VisionEncoderDecoderModel
-
+{"import captioning.model.two_encoders  # of the trainer" if len(encoders) > 1 else ""}
 folder = "."  # this one; or the id of this model on the Hugging Face Hub
 model = VisionEncoderDecoderModel.from_pretrained(folder)
 tokenizer = AutoTokenizer.from_pretrained(folder)
@@ -190,8 +196,8 @@ image.paste(photo, mask=photo)  # what is transparent becomes white
 tokens = model.generate(**image_processor(image, return_tensors="pt"))
 print(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
 ```
-
-Tried with transformers {TRIED_WITH}. Version 5 has no `pipeline("image-to-text")` any more: use the code above. The
+{TWO_ENCODERS if len(encoders) > 1 else ""}
+Tried with transformers {TRIED_WITH if len(encoders) == 1 else "5.23"}. Version 5 has no `pipeline("image-to-text")` any more: use the code above. The
 model was trained with these versions:
 
 ```
@@ -219,7 +225,7 @@ console.log(await captioner("photo.jpg"));
 ```
 
 **Licence.** Whoever publishes this model chooses one, and writes it into `license` above. It has to fit those of
-{names["encoder"] if is_hub_id(names["encoder"]) else "the encoder"},
+{", ".join(dict.fromkeys(licensed))},
 {names["decoder"] if is_hub_id(names["decoder"]) else "the decoder"} and the data ({data["source"]}).
 """
     return ModelCard(card).content

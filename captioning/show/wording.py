@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from captioning.data import scenes
 
 
@@ -10,12 +12,17 @@ def author(source: str) -> str:
     return "a program" if source == scenes.SOURCE else "a person"
 
 
-def title(encoder: str, decoder: str) -> str:
+def title(encoder: str | Sequence[str], decoder: str) -> str:
     """The heading of a run's report and of its model card."""
     return f"Image captioner: {name_of(encoder)} → {name_of(decoder)}"
 
 
-def name_of(part: str) -> str:
-    """The name of an encoder or decoder: of a folder its last part, because where it lies is private; hub ids stay."""
+def name_of(part: str | Sequence[str]) -> str:
+    """The name of an encoder or decoder: of a folder its last part, because where it lies is private; hub ids stay.
+
+    Two encoders are "A + B".
+    """
+    if isinstance(part, list):
+        return " + ".join(map(name_of, part))
     part = str(part)
     return part.rstrip("/").rsplit("/", 1)[-1] if part.startswith(("/", ".", "~")) or part.count("/") > 1 else part

@@ -54,8 +54,11 @@ class Arguments:
         None, DATA, "continue from this checkpoint; auto: from the newest whole one", metavar="DIR"
     )
 
-    encoder: str | None = flag(
-        None, MODEL, "a preset (mit, tiny, small, base), folder or hub id (default: as in the data)"
+    encoder: list[str] | None = flag(
+        None,
+        MODEL,
+        "a preset (mit, tiny, small, base), folder or hub id; or two, side by side (default: as in the data)",
+        metavar="NAME",
     )
     decoder: str | None = flag(None, MODEL, "a preset (tiny, small, base), folder or hub id (default: as in the data)")
     model_path: str | None = flag(None, MODEL, "start from the captioner in this run folder", metavar="DIR")
@@ -132,6 +135,7 @@ class Arguments:
             raise InputError(f"--augment {self.augment} is below 2 variants of each image")
         if not self.mirror and not self.augment:
             raise InputError("--no-mirror has no use without --augment, which alone mirrors images; leave it out")
+        cli.check_encoders(self.encoder or ())
         for name in ("encoder", "decoder"):
             if self.model_path and getattr(self, name):
                 raise InputError(f"--model_path brings its own {name}: leave --{name} out")
