@@ -110,7 +110,8 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
         )
     rates = learning_rates(args, training.learning_rate, bundle.model, new)
     every, trained = captioner.count_parameters(bundle.model)
-    say(f"model: {' -> '.join(' + '.join(parts.encoders(name)) for name in names.values())}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
+    of = " -> ".join(" + ".join(parts.encoders(name)) for name in names.values())
+    say(f"model: {of}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
     used = {part: rate for part, rate in rates.items() if not (part == "encoder" and frozen)}
     say("learning rates: " + ", ".join(f"{part} {rate:g}" for part, rate in used.items()))
     say(when(args, length))
@@ -235,7 +236,7 @@ def open_captioner(
         parts.refuse_small_images(of_data, bundle.image_processor, args.data, args.model_path, args.model_path)
         return bundle, set(), captioner.names_of(args.model_path)
     encoder = cli.one_or_two(args.encoder) if args.encoder else description["encoder"]
-    names = {"encoder": encoder, "decoder": args.decoder or description["decoder"]}
+    names: dict[str, Any] = {"encoder": encoder, "decoder": args.decoder or description["decoder"]}
     if args.lora and names["decoder"] in parts.DECODER_PRESETS:
         raise InputError(
             f"--lora adapts a decoder that has learnt already, and --decoder '{names['decoder']}' starts from random "
@@ -257,6 +258,12 @@ def open_captioner(
             )
     model, new = captioner.assemble(encoder, names["decoder"], tokenizer)
     captioner.refuse_misfit(model.encoder, image_processor, parts.quoted(encoder))
+    random = [name in parts.ENCODER_PRESETS for name in parts.encoders(encoder)]
+    if any(random) and not all(random) and not args.encoder_lr and args.freeze_encoder != math.inf:
+        raise InputError(
+            f"{parts.quoted(encoder)}: one starts from random weights and the other has learnt already, and both move "
+            "at one rate; give it as --encoder_lr, or name two of a kind"
+        )
     return captioner.Bundle(model, tokenizer, image_processor), new, names
 
 

@@ -15,7 +15,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, GPT2Model, ViTConfig, ViTF
 from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPil
 
 from captioning import InputError
-from captioning.model import captioner, explain, generate, parts
+from captioning.model import captioner, generate, grid, parts
 from captioning.model.captioner import part_of
 
 

@@ -260,7 +260,8 @@ def check_parts(encoder: Encoder, decoder: str, image_processor: Any) -> None:
     if len(names) > 1:
         for name, blank in zip(names, blanks, strict=True):
             give_patch_states(blank, f"--encoder '{name}'")
-        refuse_misfit(side_by_side(*blanks, [*map(Pixels, processors)]), image_processor, quoted(names))
+        first, second = blanks
+        refuse_misfit(side_by_side(first, second, [*map(Pixels, processors)]), image_processor, quoted(names))
 
 
 def _flatten(encoder, inputs, outputs):
@@ -321,6 +322,9 @@ def assemble(
     """
     (seeing, new_seeing), (speaking, new_speaking) = build_encoder(encoder), build_decoder(decoder, tokenizer)
     model = VisionEncoderDecoderModel(encoder=seeing, decoder=speaking)
+    config: Any = model.config
+    for part in (config.encoder, config.decoder):
+        part._name_or_path = ""  # a folder of this machine, which is nobody's business
     new = {f"encoder.{name}" for name in new_seeing} | {f"decoder.{name}" for name in new_speaking}
     new |= {name for name, _ in model.named_parameters() if name.startswith("enc_to_dec_proj.")}
     start = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id

@@ -184,7 +184,10 @@ def check_sides(config: Any, what: str, size: Any = None) -> None:
     Raises:
         InputError: the image is too large for its patches.
     """
-    side, patch = size or getattr(config, "image_size", None), getattr(config, "patch_size", None)
+    if hasattr(config, "first"):  # two encoders, each looked at by itself
+        return
+    # What names no patch (SegFormer, ResNet) has places of 4 to 32 pixels.
+    side, patch = size or getattr(config, "image_size", None), getattr(config, "patch_size", None) or 8
     sides = side if isinstance(side, list | tuple) else [side, side]
     patches = patch if isinstance(patch, list | tuple) else [patch, patch]
     if not all(isinstance(each, int) and each > 0 for each in [*sides, *patches]) or len(sides) != len(patches):

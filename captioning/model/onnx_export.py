@@ -55,6 +55,7 @@ from captioning.files import json_text, write_whole
 from captioning.model import captioner, onnx_captioner, parts
 from captioning.model.beam_search import Decoding
 from captioning.model.onnx_captioner import DECODER, ENCODER, INT8
+from captioning.model.two_encoders import TwoEncoders
 
 OPSET = 20  # the first with Gelu; onnxruntime 1.17 and newer read it
 MOST_BYTES = 2_000_000_000  # of one graph: protocol buffers end there
@@ -142,7 +143,8 @@ def _refuse(bundle: captioner.Bundle, what: str) -> None:
 
 def _write_settings(bundle: captioner.Bundle, folder: Path) -> None:
     config = bundle.model.config.to_dict()
-    for part in (config, config["encoder"], config["decoder"]):
+    pair = [config["encoder"][part] for part in ("first", "second") if part in config["encoder"]]
+    for part in (config, config["encoder"], config["decoder"], *pair):
         part.pop("_name_or_path", None)  # a path of this machine
     write_whole(folder / "config.json", json_text(config, indent=2, sort_keys=True) + "\n")
     bundle.model.generation_config.save_pretrained(folder)
@@ -301,6 +303,10 @@ def _graph(module: nn.Module, inputs: tuple, takes: list[str], gives: list[str],
 
 def _fix_positions(encoder: Any, pixels: torch.Tensor) -> None:
     """Compute position embeddings that are resized to the image (DINOv2) once, and not in the graph at every run."""
+    if isinstance(encoder, TwoEncoders):
+        _fix_positions(encoder.first, pixels)
+        _fix_positions(encoder.second, encoder.for_second(pixels))
+        return
     embeddings: Any = getattr(encoder, "embeddings", None)
     if not hasattr(embeddings, "interpolate_pos_encoding"):
         return

@@ -213,6 +213,7 @@ def read_config(folder: Path, what: str):
     check_sides(config, name)
     for part in ("encoder", "vision_config"):
         check_sides(getattr(config, part, None), name)
+    pair: Any
     for pair in (config, getattr(config, "encoder", None)):
         if getattr(pair, "model_type", None) == two_encoders.KIND:
             for part, size in ((pair.first, pair.image_size), (pair.second, pair.second_image_size)):

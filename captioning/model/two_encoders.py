@@ -22,10 +22,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedModel
 from transformers.configuration_utils import SubConfigSpec
@@ -52,7 +51,7 @@ class TwoEncodersConfig(PreTrainedConfig):
     """
 
     model_type = KIND
-    sub_configs_defaults = {
+    sub_configs_defaults: ClassVar = {
         "first": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
         "second": SubConfigSpec(config_class=AutoConfig, model_type="vit"),
     }
@@ -170,10 +169,14 @@ def side_by_side(first: Any, second: Any, pixels: Sequence[Any]) -> TwoEncoders:
     ratio = theirs.scale / ours.scale
     scale = ours.std.double() / theirs.std.double() * ratio
     shift = (ours.mean.double() * ratio - theirs.mean.double()) / theirs.std.double()
+    # Copies, because settings such as the kind of attention pass from config to config. They are as they will be when
+    # they come from a file, so that cached features are found again, and do not tell of what folder they are.
+    as_stored = {"dtype": "float32", "_name_or_path": ""}
+    copies = [{**part.config.to_dict(), **as_stored} for part in (first, second)]
     config = TwoEncodersConfig(
-        first=first.config.to_dict(),  # a copy: settings such as the kind of attention pass from config to config
-        second=second.config.to_dict(),
-        dtype=torch.float32,  # as it is when it comes from a file, so that cached features are found again
+        first=copies[0],
+        second=copies[1],
+        dtype=torch.float32,
         hidden_size=first.config.hidden_size + second.config.hidden_size,
         image_size=list(ours.size),
         second_image_size=list(theirs.size),

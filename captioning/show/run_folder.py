@@ -36,8 +36,8 @@ GALLERY = 20  # images, the first ones of the test split
 NEEDED = ("torch", "transformers", "pillow")  # by the model card's code
 TRIED_WITH = "4.57 and 5.23"  # where the model card's code gives the captions of inference.py
 TWO_ENCODERS = """
-Two encoders see side by side here, which transformers alone does not know: the code needs the folder `captioning` of the
-trainer beside it, and runs nothing that comes with the model.
+Two encoders see side by side here, which transformers alone does not know: the code needs the folder `captioning` of
+the trainer beside it, and runs nothing that comes with the model.
 """
 
 
@@ -159,6 +159,7 @@ def model_card(results: Mapping[str, Any], name: str) -> str:
             if test.get(key) is not None and math.isfinite(test[key])
         ],
     )
+    tried = TRIED_WITH if len(encoders) == 1 else "5.23"
     title = wording.title(names["encoder"], names["decoder"])
     scores = "\n".join(
         f"| {SCORE_NAMES[key]} | {test[key]:.4f} | {tables.between(test['intervals'].get(key))} |"
@@ -197,7 +198,7 @@ tokens = model.generate(**image_processor(image, return_tensors="pt"))
 print(tokenizer.decode(tokens[0], skip_special_tokens=True).strip())
 ```
 {TWO_ENCODERS if len(encoders) > 1 else ""}
-Tried with transformers {TRIED_WITH if len(encoders) == 1 else "5.23"}. Version 5 has no `pipeline("image-to-text")` any more: use the code above. The
+Tried with transformers {tried}. Version 5 has no `pipeline("image-to-text")` any more: use the code above. The
 model was trained with these versions:
 
 ```
