@@ -100,7 +100,7 @@ class TwoEncoders(PreTrainedModel):
     config_class = TwoEncodersConfig
     base_model_prefix = "two_encoders"
     main_input_name = "pixel_values"
-    input_modalities = ("image",)
+    input_modalities = "image"
     supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
