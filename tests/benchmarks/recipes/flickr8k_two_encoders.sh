@@ -1,6 +1,8 @@
 #!/usr/bin/env bash
 # Trains a `small` decoder from scratch on a frozen CLIP ViT-B/16 and a frozen DINOv2-small side by side: 14 epochs on
 # Flickr8k with 3 variants of each image, then 11 self-critical epochs.
+# Takes a time that was not measured yet.
+# Ends with scores that were not measured yet.
 # Usage: flickr8k_two_encoders.sh FLICKR8K [ENCODER] [SECOND] [OUT]; encoders are folders or hub ids, OUT is a folder
 set -euo pipefail
 usage="usage: flickr8k_two_encoders.sh FLICKR8K [ENCODER] [SECOND] [OUT]; FLICKR8K holds dataset_flickr8k.json and images/"
