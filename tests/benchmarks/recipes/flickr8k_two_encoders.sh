@@ -3,9 +3,10 @@
 # Flickr8k with 3 variants of each image, then 11 self-critical epochs.
 # Takes a time that was not measured yet.
 # Ends with scores that were not measured yet.
-# Usage: flickr8k_two_encoders.sh FLICKR8K [ENCODER] [SECOND] [OUT]; encoders are folders or hub ids, OUT is a folder
+# Usage: flickr8k_two_encoders.sh FLICKR8K [ENCODER] [SECOND] [OUT]; encoders are folders or hub ids.
+# FLICKR8K holds dataset_flickr8k.json and images/, and OUT is a folder
 set -euo pipefail
-usage="usage: flickr8k_two_encoders.sh FLICKR8K [ENCODER] [SECOND] [OUT]; FLICKR8K holds dataset_flickr8k.json and images/"
+usage="usage: flickr8k_two_encoders.sh FLICKR8K [ENCODER] [SECOND] [OUT]"
 flickr8k=${1:?$usage} encoder=${2:-openai/clip-vit-base-patch16} second=${3:-facebook/dinov2-small} out=${4:-.}
 source "$(dirname "$0")/prepare.bash"
 
