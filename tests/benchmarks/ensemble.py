@@ -2,17 +2,19 @@
 
     python tests/benchmarks/ensemble.py RUN RUN2 --data_path DATA --split validation --limit 200
 
-Each line is compared with the first, RUN alone, on the same images by the paired bootstrap. The runs have one frozen
-encoder. Captions are made of its output as training keeps it (`--cache_features`), so that seconds are those of one
-core for each image without the encoder.
+Each line is compared with the first, RUN alone, on the same images by the paired bootstrap. Encoders are frozen, and
+may differ. Captions are made of their output as training keeps it (`--cache_features`), so that seconds are those of
+one core for each image without the encoders. `--output FILE` keeps the captions of each line, to look at or compare.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -35,27 +37,44 @@ def main() -> None:
     parser.add_argument("--split", default="validation")
     parser.add_argument("--limit", type=int, default=1_000_000, help="images, the first ones")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"), help="of the features")
+    parser.add_argument("--output", type=Path, help="a JSON file")
     args = parser.parse_args()
     parts.quiet_transformers()
     torch.set_num_threads(1)
 
     split = load_prepared(args.data_path)[0][args.split]
     bundles = [captioner.load(run) for run in args.runs]
-    cache = FeatureCache(bundles[0], args.data_path / ".features", 16, cli.note, getattr(torch, args.dtype))
-    features = cache.features(CaptionDataset(split, bundles[0].pixels), args.split)
     ids = split.image_id[: args.limit]
     references = dict(zip(ids, split.captions, strict=False))
-    first = None
-    for name, bundle in [*zip(args.runs, bundles, strict=True), ("ensemble", ensemble.join(bundles, args.runs))]:
+    together: Any = ensemble.join(bundles, args.runs)
+    # The member whose encoder each of the ensemble's is: equal ones run once.
+    encoders: Any = together.model.encoder.encoders
+    seeing = [next(n for n, one in enumerate(bundles) if one.model.encoder is each) for each in encoders]
+
+    def features(bundle: captioner.Bundle) -> Any:
+        cache = FeatureCache(bundle, args.data_path / ".features", 16, cli.note, getattr(torch, args.dtype))
+        return cache.features(CaptionDataset(split, bundle.pixels), args.split)
+
+    own = [features(bundle) for bundle in bundles]
+
+    def states(number: int | None, rows: range) -> torch.Tensor:
+        """What the encoder of one bundle makes of some images, or that of the ensemble (None)."""
+        if number is not None:
+            return torch.from_numpy(np.stack([own[number][row] for row in rows])).float()
+        return ensemble.side_by_side([states(member, rows) for member in seeing])
+
+    first, texts_of = None, {}
+    members = [(name, number, bundle) for number, (name, bundle) in enumerate(zip(args.runs, bundles, strict=True))]
+    for name, number, bundle in [*members, ("ensemble", None, together)]:
         texts: list[str] = []
         began = time.process_time()
         with torch.inference_mode():
             for start in range(0, len(ids), 16):
-                rows = range(start, min(start + 16, len(ids)))
-                states = torch.from_numpy(np.stack([features[row] for row in rows])).float()
-                texts += generate.decode(bundle.tokenizer, generate.generate_tokens(bundle.model, states))
+                seen = states(number, range(start, min(start + 16, len(ids))))
+                texts += generate.decode(bundle.tokenizer, generate.generate_tokens(bundle.model, seen))
         seconds = (time.process_time() - began) / len(ids)
-        found = evaluate(dict(zip(ids, texts, strict=True)), references)
+        texts_of[name] = dict(zip(ids, texts, strict=True))
+        found = evaluate(texts_of[name], references)
         first = first or found
         low, high = bootstrap.intervals(found)["cider_d"]
         less = bootstrap.differences(found, first)["cider_d"]
@@ -65,6 +84,8 @@ def main() -> None:
             f"{seconds:.3f} s of a core an image",
             flush=True,
         )
+    if args.output:
+        args.output.write_text(json.dumps(texts_of))
 
 
 if __name__ == "__main__":
