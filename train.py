@@ -284,7 +284,8 @@ def configure(
     model: VisionEncoderDecoderModel, args: arguments.Arguments, training: Seq2SeqTrainingArguments, frozen: bool
 ) -> None:
     """What the flags change of the model itself."""
-    from captioning.model import captioner, on_cpu
+    from captioning.model import captioner
+    from captioning.training import on_cpu
 
     if args.dropout is not None:
         captioner.set_dropout(model, args.dropout)

@@ -7,9 +7,9 @@ import torch
 from toy import toy_tokenizer
 from transformers.models.gpt2.modeling_gpt2 import eager_attention_forward
 
-from captioning.model import captioner, on_cpu
-from captioning.model.generate import generate_tokens
+from captioning.model import captioner
 from captioning.model.packing import decoder_mask
+from captioning.training import on_cpu
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -88,15 +88,3 @@ def test_a_decoder_learns_the_same():
     assert torch.equal(learn(fast)[0], with_dropout) and not torch.equal(learn(fast, 1)[0], with_dropout)
     assert torch.equal(learn(fast.eval())[0], logits), "none while it writes"
     assert "cpu" not in fast.config.to_json_string(), "a saved model knows nothing of it"
-
-
-def test_beams_that_share_the_keys_of_their_image_find_the_same_captions():
-    torch.manual_seed(0)
-    plain = captioner.build("tiny", "tiny", toy_tokenizer()).eval()
-    plain.set_attn_implementation("eager")
-    fast = copy.deepcopy(plain)
-    on_cpu.prepare(fast.decoder)
-    states = torch.randn(5, 17, plain.encoder.config.hidden_size)
-    for settings in ({"num_beams": 3}, {"num_beams": 1}, {"num_beams": 4, "num_return_sequences": 2}):
-        found = [generate_tokens(model, states, max_new_tokens=9, **settings) for model in (plain, fast)]
-        assert torch.equal(*found), settings

@@ -14,7 +14,7 @@ from transformers import (
     VisionEncoderDecoderModel,
 )
 
-from captioning.model import constrain, on_cpu
+from captioning.model import constrain
 from captioning.model.captioner import Bundle, decode
 
 
@@ -55,9 +55,7 @@ def generate_tokens(
     start = torch.full((len(states), 1), config.decoder_start_token_id, device=states.device)
     of_image = EncoderDecoderCache(DynamicCache(config=decoder.config), DynamicCache(config=decoder.config))
     decoder(input_ids=start, encoder_hidden_states=states, past_key_values=of_image, use_cache=True)
-    if decoder.config._attn_implementation != on_cpu.ATTENTION:  # which lets beams share them
-        rows = max(config.num_beams or 1, config.num_return_sequences or 1)
-        of_image.cross_attention_cache.batch_repeat_interleave(rows)
+    of_image.cross_attention_cache.batch_repeat_interleave(max(config.num_beams or 1, config.num_return_sequences or 1))
     cache = _BeamCache(DynamicCache(config=decoder.config), of_image.cross_attention_cache)
     start = torch.cat([start, start.new_tensor([*prompt]).expand(len(start), -1)], 1)
     return decoder.generate(

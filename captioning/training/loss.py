@@ -53,18 +53,6 @@ def weighted_loss(
     return (weights * losses).sum()
 
 
-def token_losses(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-    """The cross-entropy of each token, (tokens,), to be told and not to be learnt from.
-
-    Args:
-        logits: (tokens, vocabulary)
-        labels: (tokens,)
-    """
-    rows = max(1, BLOCK // logits.shape[1]) if logits.device.type == "cpu" else max(1, len(logits))
-    blocks = zip(logits.split(rows), labels.split(rows), strict=True)
-    return torch.cat([functional.cross_entropy(x.float(), y, reduction="none") for x, y in blocks])
-
-
 class _InBlocks(torch.autograd.Function):
     """Of a token with the probabilities p, the label y, the weight w, the smoothing s and V words:
 

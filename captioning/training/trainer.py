@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+from torch.nn import functional
 from transformers import EarlyStoppingCallback, get_scheduler, set_seed
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
@@ -27,7 +28,7 @@ from captioning.model.parts import save_tokenizer
 from captioning.scores.metrics import evaluate
 from captioning.training.arguments import Length, length
 from captioning.training.batches import Collator, LengthSampler
-from captioning.training.loss import caption_loss, token_losses
+from captioning.training.loss import caption_loss
 from captioning.training.progress import Progress, Throughput
 from captioning.training.resumable import ResumableTrainer
 from captioning.training.self_critical import SelfCritical, switch_off_dropout
@@ -361,7 +362,7 @@ class CaptionTrainer(ResumableTrainer):
         image_id, image_of_row = batch["image_id"], batch["image_of_row"]
         with torch.no_grad(), self.compute_loss_context_manager():
             out = self.forward(model, batch)
-            losses = token_losses(out.logits, out.labels)
+            losses = functional.cross_entropy(out.logits.float(), out.labels, reduction="none")
         image_of_token = image_of_row[batch["label_positions"] // batch["labels"].shape[1]]
         zeros = torch.zeros(len(image_id), device=losses.device)
         summed = zeros.index_add(0, image_of_token, losses)

@@ -42,8 +42,7 @@ def attention(
 
     Args:
         query: (batch, heads, queries, head size)
-        key, value: (batch, heads, keys, head size); or (images, ...) where the rows of an image, which follow each
-            other, share its keys and values. They are then read once for all of them.
+        key, value: (batch, heads, keys, head size)
         attention_mask: (batch or 1, heads or 1, queries, keys), added to the scores.
         scaling: of the scores.
         dropout: probability that a weight of the attention is left out.
@@ -51,10 +50,6 @@ def attention(
     Returns:
         (batch, queries, heads, head size), and no weights.
     """
-    queries = query.shape[2]
-    if len(query) > len(key):  # each row's queries become queries of its image
-        query = query.view(len(key), -1, *query.shape[1:]).transpose(1, 2).flatten(2, 3)
-        assert attention_mask is None
     # Contiguous rows are copied quickly here, and slowly where a product would have to transpose them first.
     scores = (query.contiguous() * scaling) @ key.contiguous().transpose(-1, -2)
     if attention_mask is not None:
@@ -64,8 +59,7 @@ def attention(
         weights = scores.softmax(-1)
     if dropout:
         weights = drop(weights, dropout)
-    out = weights @ value.contiguous()
-    return out.unflatten(2, (-1, queries)).transpose(1, 2).flatten(0, 1).transpose(1, 2), None
+    return (weights @ value.contiguous()).transpose(1, 2), None
 
 
 class Dropout(torch.nn.Dropout):
