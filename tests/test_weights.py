@@ -77,13 +77,13 @@ def test_what_is_known_to_be_absent_may_be(gpt2, tokenizer, tmp_path):
     net, new = captioner.assemble("tiny", str(tmp_path / "plain"), tokenizer)
     assert torch.equal(net.decoder.transformer.wte.weight, model.wte.weight)
     assert {part_of(name) for name in new} == {"encoder", "cross_attention"}
-    # A classifier's ViT: a head of another task, no pooler
+    # A classifier's ViT: a head of another task, and no pooler, which captions never reach. So it counts as pretrained.
     ViTForImageClassification(ViTConfig(**PLAIN)).save_pretrained(tmp_path / "classifier")
-    _, new = captioner.assemble(str(tmp_path / "classifier"), str(gpt2), tokenizer)
-    assert {name for name in new if name.startswith("encoder")} == {
-        "encoder.pooler.dense.weight",
-        "encoder.pooler.dense.bias",
-    }
+    encoder, new = captioner.build_encoder(str(tmp_path / "classifier"))
+    assert new == {"pooler.dense.weight", "pooler.dense.bias"}
+    net, new = captioner.assemble(str(tmp_path / "classifier"), str(gpt2), tokenizer)
+    assert {part_of(name) for name in new} == {"cross_attention"}
+    assert torch.equal(net.encoder.embeddings.cls_token, encoder.embeddings.cls_token)
 
 
 def test_a_captioner_that_lacks_its_cross_attention_is_refused(tokenizer, tmp_path):

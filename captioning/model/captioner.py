@@ -312,10 +312,11 @@ def build(encoder: Encoder, decoder: str, tokenizer: PreTrainedTokenizerBase) ->
 def assemble(
     encoder: Encoder, decoder: str, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[VisionEncoderDecoderModel, set[str]]:
-    """A captioner from an encoder, or two, and a decoder, ready to train, and which of its parameters are random.
+    """A captioner from an encoder, or two, and a decoder, ready to train, and what learns from random values on.
 
     Parameters that no caption loss can reach (a pooler, a masked-image token) are frozen, so that they cost no
-    optimiser state and distributed training does not wait for their gradients.
+    optimiser state and distributed training does not wait for their gradients. Where these alone are random, their
+    part counts as pretrained: a classifier's ViT comes without a pooler.
 
     Raises:
         InputError: either name cannot be loaded, or they do not fit the tokenizer.
@@ -339,7 +340,7 @@ def assemble(
     model.generation_config = GenerationConfig(**tokens, **DECODING)
     ignore_own_generation(model)
     _freeze_unreachable(model)
-    return model, new
+    return model, {name for name, parameter in model.named_parameters() if name in new and parameter.requires_grad}
 
 
 def ignore_own_generation(model: VisionEncoderDecoderModel) -> None:
