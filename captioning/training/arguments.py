@@ -100,7 +100,7 @@ class Arguments:
     encoder_lr: float | None = flag(None, RATES, "of the encoder when it is pretrained (default: 2e-5)", metavar="RATE")
     decoder_lr: float | None = flag(None, RATES, "of the decoder when it is pretrained (default: 1e-4)", metavar="RATE")
     cross_attention_lr: float | None = flag(
-        None, RATES, "of the cross-attention when it is pretrained (default: 1e-4)", metavar="RATE"
+        None, RATES, "of a pretrained cross-attention (default: 1e-4)", metavar="RATE"
     )
     self_critical_lr: float = flag(
         1e-4, RATES, "of every part in self-critical epochs, at most (default: 1e-4)", metavar="RATE"
