@@ -8,6 +8,7 @@
     python inference.py --image_path photo.jpg --alternatives 5      # the five best captions with their scores
     python inference.py --image_path photo.jpg --explain out.png     # where the model looked, word by word
     python inference.py photo.jpg --case sentence --max_characters 125 --without man   # a caption as you ask for it
+    python inference.py photo.jpg --store ./processed_data           # with what people wrote of images that look alike
     python inference.py --serve                                      # a page in the browser, and POST /caption
     python inference.py --data_path ./processed_data --split test    # score a run folder on a split
     python inference.py --predictions results.json --data_path ./processed_data   # score anybody's captions
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from captioning.model.onnx_captioner import OnnxBundle
     from captioning.scores.confidence import Calibration, Judged
     from captioning.show.clip_scores import ClipScores
+    from captioning.show.store import Store
 
 ENOUGH_TO_WARN = 10_000  # captions: whether they are all the same is seen by then
 
@@ -149,6 +151,48 @@ def load_model(args: Arguments) -> Bundle:
     return bundle
 
 
+def open_store(args: Arguments, bundle: Bundle) -> Store | None:
+    """The captions and images of `--store`; None without it. Features are those of a training, or kept as it would.
+
+    Raises:
+        InputError: a folder is not whole, has no training images, or has stored them too small for the model.
+    """
+    if not args.store:
+        return None
+    import numpy as np
+    import torch
+
+    from captioning.data.folder import load_prepared
+    from captioning.model import fast, neighbours, parts
+    from captioning.show.store import WEIGHT, Store
+    from captioning.training.batches import CaptionDataset
+    from captioning.training.features import FeatureCache
+
+    on_cpu = bundle.model.device.type == "cpu"
+    half = fast.multiplies_in_bfloat16() if on_cpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    captions: list[list[str]] = []
+    vectors = []
+    for folder in cli.prepared_folders(args.store, "--store"):
+        train = load_prepared(folder)[0]["train"]
+        if not len(train):
+            raise InputError(f"--store '{folder}' has no training images; name another folder of dataloader.py")
+        of_data = parts.load_image_processor(folder, "--store")
+        parts.refuse_small_images(of_data, bundle.image_processor, str(folder), args.model_path, args.model_path)
+        cache = FeatureCache(
+            bundle,
+            folder / ".features",
+            args.batch_size,
+            cli.note,
+            torch.bfloat16 if half else torch.float32,
+        )
+        features = cache.features(CaptionDataset(train, bundle.pixels), "train")
+        vectors += [neighbours.vectors_of(part, bundle.model.encoder) for part in features.parts]
+        captions += train.captions
+    cli.note(f"store: {len(captions):,} images with {sum(map(len, captions)):,} captions")
+    weight = WEIGHT if args.store_weight is None else args.store_weight
+    return Store(captions, np.concatenate(vectors), weight)
+
+
 def refuse_too_long(longest: int, positions: int) -> None:
     """Refuse captions of more tokens than the decoder has positions for."""
     if longest >= positions:
@@ -249,10 +293,12 @@ def write_captions(
         out.fail(source, reason)
 
     bundle = load_exported(args) if args.exported else load_model(args)
+    store = None
     if not args.exported:
+        store = open_store(args, cast("Bundle", bundle))
         make_faster(cast("Bundle", bundle), args.dtype)
     try:
-        for source, entry in make_entries(sources, bundle, args, failed, out.flush, calibration):
+        for source, entry in make_entries(sources, bundle, args, failed, out.flush, calibration, store):
             done += 1
             if entry.get("needs_review"):
                 unsure.append(f"{entry['path']}: confidence {entry['confidence']:.2f}")
@@ -301,6 +347,7 @@ def make_entries(
     failed: Callable[[Source, str], None],
     after_batch: Callable[[], None],
     calibration: Calibration | None,
+    store: Store | None,
 ) -> Iterator[tuple[Source, entries.Entry]]:
     """What is said of each image that can be read; `failed` is told why others cannot."""
     generate, best_captions = captioning_functions(args)
@@ -317,7 +364,9 @@ def make_entries(
         # How probable a caption is takes a few per cent of the time more: only where it is told.
         sure = calibration is not None and (bool(args.output) or args.metadata or args.min_confidence is not None)
         if args.json or args.alternatives > 1 or sure:
-            make = functools.partial(best_captions, count=args.alternatives)
+            make = functools.partial(store.best_captions if store else best_captions, count=args.alternatives)
+        elif store:
+            make = store.generate
         if not args.exported:
             from captioning.model import fast
 
@@ -544,6 +593,9 @@ def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[s
             parts.refuse_small_images(of_data, processor, str(folder), args.model_path, args.model_path)
         settings = bundle.model.generation_config.to_diff_dict() | (args.wishes.settings() if args.wishes else {})
         settings |= {"ensemble": args.ensemble} if args.ensemble else {}
+        if store := open_store(args, bundle):
+            best_captions = store.best_captions
+            settings |= {"store": args.made_with()["store"], "store_weight": store.weight}
     made = caption_all(bundle, pictures, len(split), args.split, best_captions, args.batch_size)
     judged = {image_id: certainty.judged(bundle, best) for image_id, (best, *_) in made.items()}
     return {image_id: caption.text for image_id, caption in judged.items()}, settings, judged

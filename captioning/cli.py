@@ -55,8 +55,8 @@ def debug_flag() -> Any:
     return flag(False, "other", "show the traceback of every error")
 
 
-def prepared_folders(words: Sequence[Path]) -> list[Path]:
-    """The folders of `dataloader.py` that `--data_path` names: each word is a folder, or a pattern of several.
+def prepared_folders(words: Sequence[Path], flag: str = "--data_path") -> list[Path]:
+    """The folders of `dataloader.py` that a flag names: each word is a folder, or a pattern of several.
 
     Raises:
         InputError: one is no such folder, or a pattern matches nothing.
@@ -68,11 +68,11 @@ def prepared_folders(words: Sequence[Path]) -> list[Path]:
             continue
         matching = sorted(map(Path, glob.glob(str(word))))
         if not matching:
-            raise InputError(f"--data_path '{word}' matches nothing; check the pattern")
+            raise InputError(f"{flag} '{word}' matches nothing; check the pattern")
         folders += matching
     for folder in folders:
         if not (folder / "dataset.json").is_file():
-            raise InputError(f"--data_path '{folder}' is not a folder of dataloader.py; did you run it?")
+            raise InputError(f"{flag} '{folder}' is not a folder of dataloader.py; did you run it?")
     return folders
 
 

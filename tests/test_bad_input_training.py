@@ -456,6 +456,26 @@ REFUSED: dict[str, Row] = {
         captioning("--ensemble={folder}", "--explain={folder}/out.png"),
         "--explain shows where one model looked, and --ensemble has several",
     ),
+    "a store that is not there": (
+        "inference",
+        captioning("--store=nowhere"),
+        r"--store 'nowhere' is not a folder of dataloader\.py; did you run it\?",
+    ),
+    "a store for captions that are asked for": (
+        "inference",
+        lambda folder: captioning(f"--store={HERE['few']}", "--max_words=5")(folder),
+        "--store has no use with --max_words; leave one of them out",
+    ),
+    "a weight without a store": (
+        "inference",
+        captioning("--store_weight=2"),
+        "--store_weight needs --store",
+    ),
+    "a store that counts less than nothing": (
+        "inference",
+        lambda folder: captioning(f"--store={HERE['few']}", "--store_weight=-1")(folder),
+        "--store_weight -1 is not between 0 and 1000",
+    ),
     # inference.py: run folders
     "a model that is not there": (
         "inference",

@@ -73,10 +73,20 @@ def best_captions(bundle: Bundle, pixel_values: torch.Tensor, count: int = 1) ->
     Returns:
         A list for each image. With `count` 1, the caption is the one of `model.generate`.
     """
-    return _search(bundle, bundle.model.encoder(pixel_values=pixel_values).last_hidden_state, count, pixel_values)
+    states = bundle.model.encoder(pixel_values=pixel_values).last_hidden_state
+    return search(bundle, states, count, pixel_values)
 
 
-def _search(bundle: Bundle, states: torch.Tensor, count: int, pixel_values: torch.Tensor) -> list[list[Caption]]:
+@torch.inference_mode()
+def search(
+    bundle: Bundle, states: torch.Tensor, count: int = 1, pixel_values: torch.Tensor | None = None
+) -> list[list[Caption]]:
+    """The same of what the encoder made of images.
+
+    Args:
+        states: (batch, encoder tokens, hidden size)
+        pixel_values: as for `best_captions`; wishes need them.
+    """
     model, settings = bundle.model, bundle.model.generation_config
     penalty = 1.0 if settings.length_penalty is None else settings.length_penalty
     if bundle.wishes is None:
@@ -89,6 +99,7 @@ def _search(bundle: Bundle, states: torch.Tensor, count: int, pixel_values: torc
         texts = decode(bundle.tokenizer, sequences[:, 1:])
         images, given = torch.arange(len(sequences)) // count, 0
     else:
+        assert pixel_values is not None
         captions = constrain.search(generate_tokens, bundle, states, count, pixel_values)
         flat = [caption for of_image in captions for caption in of_image]
         ids = [torch.tensor([settings.decoder_start_token_id, *caption.tokens]) for caption in flat]
@@ -96,17 +107,57 @@ def _search(bundle: Bundle, states: torch.Tensor, count: int, pixel_values: torc
         texts, given = [caption.text for caption in flat], flat[0].given
         images = torch.arange(len(captions)).repeat_interleave(torch.tensor(list(map(len, captions))))
         penalty = penalty if bundle.wishes.length_penalty is None else bundle.wishes.length_penalty
+    return _scored(bundle, states, images, sequences, texts, penalty, given)
+
+
+@torch.inference_mode()
+def judge(bundle: Bundle, states: torch.Tensor, captions: Sequence[Sequence[str]]) -> list[list[Caption]]:
+    """What the model thinks of captions that somebody else wrote, the most probable one first.
+
+    Args:
+        states: (batch, encoder tokens, hidden size)
+        captions: of each image any number. They are given back as the model would write them, such as in lower case,
+            and those that read the same then count once. What is longer than the decoder's positions is cut off.
+    """
+    model, settings = bundle.model, bundle.model.generation_config
+    images = torch.arange(len(captions)).repeat_interleave(torch.tensor(list(map(len, captions))))
+    texts = [" ".join(text.split()) for own in captions for text in own]
+    end, longest = settings.eos_token_id, model.decoder.config.max_position_embeddings
+    encoded = bundle.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
+    ids = [torch.tensor([settings.decoder_start_token_id, *tokens[: longest - 1], end]) for tokens in encoded]
+    if not ids:
+        return [[] for _ in captions]
+    sequences = pad_sequence(ids, batch_first=True, padding_value=end).to(states.device)
+    penalty = 1.0 if settings.length_penalty is None else settings.length_penalty
+    return _scored(bundle, states, images, sequences, decode(bundle.tokenizer, sequences[:, 1:]), penalty)
+
+
+def _scored(
+    bundle: Bundle,
+    states: torch.Tensor,
+    images: torch.Tensor,
+    sequences: torch.Tensor,
+    texts: Sequence[str],
+    penalty: float,
+    given: int = 0,
+) -> list[list[Caption]]:
+    """The captions of each image with the log-probabilities of their tokens, see `ranked`.
+
+    Args:
+        images: the image of each row of `sequences`.
+        sequences: token ids (rows, length), the start token first.
+    """
     images, generated = images.to(states.device), sequences[:, 1:]
     chosen = []  # the tokens' log-probabilities
     for start in range(0, len(sequences), SCORED_TOGETHER):
         part = slice(start, start + SCORED_TOGETHER)
         of_image = images[part]
-        logits = model(
+        logits = bundle.model(
             encoder_outputs=BaseModelOutput(states[of_image]), decoder_input_ids=sequences[part, :-1], use_cache=False
         ).logits
         chosen += logits.float().log_softmax(-1).gather(2, generated[part, :, None])[..., 0].tolist()
     rows = zip(images.tolist(), texts, generated.tolist(), chosen, strict=True)
-    return ranked(rows, len(states), settings.eos_token_id, penalty, given)
+    return ranked(rows, len(states), bundle.model.generation_config.eos_token_id, penalty, given)
 
 
 @torch.inference_mode()
@@ -125,7 +176,7 @@ def explain(
     """
     values = bundle.batch([bundle.pixels(image)])
     states = bundle.model.encoder(pixel_values=values).last_hidden_state
-    captions = _search(bundle, states, alternatives, values)[0]
+    captions = search(bundle, states, alternatives, values)[0]
     best = captions[0]
     rows, columns = patch_grid(states.shape[1], values.shape[-2:], bundle.model.encoder.config)
     attention = cross_attention(bundle, states, best.tokens, layers)[:, -rows * columns :]

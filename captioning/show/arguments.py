@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -119,6 +120,20 @@ class Arguments:
         metavar="RUN",
     )
 
+    store: list[Path] | None = flag(
+        None,
+        HOW,
+        "folders of dataloader.py: of several captions the one is chosen that agrees with what people wrote of the "
+        "training images there that look alike (default: the model alone)",
+        metavar="DIR",
+    )
+    store_weight: float | None = flag(
+        None,
+        HOW,
+        "how much that counts: 0.5 where the model was trained on such images, 8 where it was not (default: 0.5)",
+        metavar="W",
+    )
+
     prefix: str = flag(
         "", ASKED, "how each caption begins, in whole words; the model goes on from there", metavar="TEXT"
     )
@@ -226,6 +241,7 @@ class Arguments:
             raise InputError(f"--min_confidence {self.min_confidence} is not between 0 and 1")
         self._check_combinations()
         self._check_ensemble()
+        self._check_store()
         self._check_wishes()
         self._check_paths()
 
@@ -311,6 +327,20 @@ class Arguments:
             if self.ensemble and getattr(self, flag_name):
                 raise InputError(f"--ensemble has no use with --{flag_name}")
 
+    def _check_store(self) -> None:
+        if self.store_weight is not None and not self.store:
+            raise InputError("--store_weight needs --store")
+        if self.store_weight is not None and not 0 <= self.store_weight <= 1000:
+            raise InputError(f"--store_weight {self.store_weight:g} is not between 0 and 1000")
+        if not self.store:
+            return
+        for flag_name in ("ensemble", "explain", "serve", "export", "predictions", "compare", "calibrate"):
+            if getattr(self, flag_name):
+                raise InputError(f"--store has no use with --{flag_name}; leave one of them out")
+        if self.wishes is not None:
+            raise InputError(f"--store has no use with --{next(iter(self.wishes.settings()))}; leave one of them out")
+        cli.prepared_folders(self.store, "--store")
+
     @functools.cached_property
     def wishes(self) -> Wishes | None:
         """What captions are asked to be; None: as the model writes them."""
@@ -383,7 +413,7 @@ class Arguments:
                         "with --export onnx"
                     )
             return
-        asked = [name for name in ("explain", "export", "ensemble") if getattr(self, name)]
+        asked = [name for name in ("explain", "export", "ensemble", "store") if getattr(self, name)]
         asked += self.wishes.settings() if self.wishes else []
         if asked:
             raise InputError(
@@ -435,6 +465,12 @@ class Arguments:
                 made[field.name] = value
         if self.ensemble:
             made["ensemble"] = [fingerprint(Path(name)) if Path(name).is_dir() else name for name in self.ensemble]
+        if self.store:
+            folders = cli.prepared_folders(self.store, "--store")
+            digests = (hashlib.sha256((folder / "dataset.json").read_bytes()).hexdigest() for folder in folders)
+            made["store"] = [
+                f"{folder.resolve().name} {digest[:16]}" for folder, digest in zip(folders, digests, strict=True)
+            ]
         return made
 
     @property
