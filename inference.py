@@ -168,23 +168,16 @@ def open_store(args: Arguments, bundle: Bundle) -> Store | None:
     from captioning.training.batches import CaptionDataset
     from captioning.training.features import FeatureCache
 
-    on_cpu = bundle.model.device.type == "cpu"
-    half = fast.multiplies_in_bfloat16() if on_cpu else torch.cuda.is_available() and torch.cuda.is_bf16_supported()
+    precision = torch.bfloat16 if fast.bfloat16_pays(bundle.model.device.type) else torch.float32
     captions: list[list[str]] = []
     vectors = []
-    for folder in cli.prepared_folders(args.store, "--store"):
+    for folder in args.store_folders:
         train = load_prepared(folder)[0]["train"]
         if not len(train):
             raise InputError(f"--store '{folder}' has no training images; name another folder of dataloader.py")
         of_data = parts.load_image_processor(folder, "--store")
         parts.refuse_small_images(of_data, bundle.image_processor, str(folder), args.model_path, args.model_path)
-        cache = FeatureCache(
-            bundle,
-            folder / ".features",
-            args.batch_size,
-            cli.note,
-            torch.bfloat16 if half else torch.float32,
-        )
+        cache = FeatureCache(bundle, folder / ".features", args.batch_size, cli.note, precision)
         features = cache.features(CaptionDataset(train, bundle.pixels), "train")
         vectors += [neighbours.vectors_of(part, bundle.model.encoder) for part in features.parts]
         captions += train.captions
@@ -199,8 +192,10 @@ def refuse_too_long(longest: int, positions: int) -> None:
         raise InputError(f"--max_new_tokens {longest} is too long; the decoder has {positions} positions")
 
 
-def captioning_functions(args: Arguments) -> tuple[Callable, Callable]:
-    """`generate` and `best_captions` for the kind of `--model_path`."""
+def captioning_functions(args: Arguments, store: Store | None = None) -> tuple[Callable, Callable]:
+    """`generate` and `best_captions` for the kind of `--model_path`, or with a store."""
+    if store:
+        return store.generate, store.best_captions
     if args.exported:
         from captioning.model import onnx_captioner
 
@@ -350,7 +345,7 @@ def make_entries(
     store: Store | None,
 ) -> Iterator[tuple[Source, entries.Entry]]:
     """What is said of each image that can be read; `failed` is told why others cannot."""
-    generate, best_captions = captioning_functions(args)
+    generate, best_captions = captioning_functions(args, store)
     # Twice what is needed: the decoder may skip detail that nobody will see, the resize stays the one of training.
     side = 2 * bundle.pixels.resized_side
     prepare = bundle.pixels if args.explain is None else None
@@ -364,9 +359,7 @@ def make_entries(
         # How probable a caption is takes a few per cent of the time more: only where it is told.
         sure = calibration is not None and (bool(args.output) or args.metadata or args.min_confidence is not None)
         if args.json or args.alternatives > 1 or sure:
-            make = functools.partial(store.best_captions if store else best_captions, count=args.alternatives)
-        elif store:
-            make = store.generate
+            make = functools.partial(best_captions, count=args.alternatives)
         if not args.exported:
             from captioning.model import fast
 
@@ -595,7 +588,7 @@ def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[s
         settings |= {"ensemble": args.ensemble} if args.ensemble else {}
         if store := open_store(args, bundle):
             best_captions = store.best_captions
-            settings |= {"store": args.made_with()["store"], "store_weight": store.weight}
+            settings |= {"store": args.store_names, "store_weight": store.weight}
     made = caption_all(bundle, pictures, len(split), args.split, best_captions, args.batch_size)
     judged = {image_id: certainty.judged(bundle, best) for image_id, (best, *_) in made.items()}
     return {image_id: caption.text for image_id, caption in judged.items()}, settings, judged

@@ -110,7 +110,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
         )
     rates = learning_rates(args, training.learning_rate, bundle.model, new)
     every, trained = captioner.count_parameters(bundle.model)
-    of = " -> ".join(" + ".join(parts.encoders(name)) for name in names.values())
+    of = " -> ".join(" + ".join(cli.encoders(name)) for name in names.values())
     say(f"model: {of}, {every / 1e6:.1f} M parameters, {trained / 1e6:.1f} M trained")
     used = {part: rate for part, rate in rates.items() if not (part == "encoder" and frozen)}
     say("learning rates: " + ", ".join(f"{part} {rate:g}" for part, rate in used.items()))
@@ -245,7 +245,7 @@ def open_captioner(
     tokenizer = parts.load_tokenizer(folder, "--data_path")
     image_processor = of_data
     if encoder != description["encoder"]:
-        first = parts.encoders(encoder)[0]
+        first = cli.encoders(encoder)[0]
         image_processor = parts.load_image_processor(first, whole=not description.get("center_crop"))
         parts.refuse_small_images(of_data, image_processor, args.data, encoder, names["decoder"])
     if names["decoder"] not in (*parts.DECODER_PRESETS, description["decoder"]):
@@ -258,7 +258,7 @@ def open_captioner(
             )
     model, new = captioner.assemble(encoder, names["decoder"], tokenizer)
     captioner.refuse_misfit(model.encoder, image_processor, parts.quoted(encoder))
-    random = [name in parts.ENCODER_PRESETS for name in parts.encoders(encoder)]
+    random = [name in parts.ENCODER_PRESETS for name in cli.encoders(encoder)]
     if any(random) and not all(random) and not args.encoder_lr and args.freeze_encoder != math.inf:
         raise InputError(
             f"{parts.quoted(encoder)}: one starts from random weights and the other has learnt already, and both move "
@@ -285,7 +285,6 @@ def configure(
 ) -> None:
     """What the flags change of the model itself."""
     from captioning.model import captioner
-    from captioning.training import on_cpu
 
     if args.dropout is not None:
         captioner.set_dropout(model, args.dropout)
@@ -297,8 +296,6 @@ def configure(
     if training.device.type == "cpu" and training.bf16:
         # There torch's fused attention is two to five times slower than plain matrix products.
         model.set_attn_implementation("eager")
-        if not training.torch_compile:  # which fuses what it finds
-            on_cpu.prepare(model.decoder)
 
 
 def limit_length(

@@ -21,6 +21,7 @@ import argparse
 import dataclasses
 import difflib
 import glob
+import os
 import re
 import sys
 import types
@@ -91,6 +92,11 @@ def check_encoders(names: Sequence[str]) -> None:
 def one_or_two(names: Sequence[str]) -> str | list[str]:
     """The words of `--encoder` as files tell them: one name, or a list of two."""
     return names[0] if len(names) == 1 else list(names)
+
+
+def encoders(told: str | Sequence[str]) -> list[str]:
+    """The names of one encoder or of two, from what files tell of them."""
+    return [told] if isinstance(told, str | os.PathLike) else list(told)
 
 
 class _Parser(argparse.ArgumentParser):

@@ -57,6 +57,9 @@ def test_images_are_compared_by_the_class_token_or_by_all():
     for given in (states, states.numpy()):
         found = neighbours.vectors_of(given, torch.nn.Sequential(encoder))
         assert found.dtype == np.float32 and np.array_equal(found, states[:, 0])
+    pair = torch.nn.Module()  # the tokens of two encoders are as those of the first
+    pair.first, pair.second = torch.nn.Linear(1, 1), encoder
+    assert np.allclose(neighbours.vectors_of(states, pair), states.mean(1))
 
 
 # ---- agreement

@@ -33,9 +33,10 @@ from transformers import (
 from transformers.modeling_outputs import BaseModelOutput
 
 from captioning import InputError
-from captioning.cli import note
+from captioning.cli import encoders, note
 from captioning.files import check_target, read_json, remove
 from captioning.foreign import either, list_of, text
+from captioning.model.grid import as_tokens
 from captioning.model.limits import decoding_schema, decoding_settings
 from captioning.model.parts import (
     BUNDLE_HINT,
@@ -47,7 +48,6 @@ from captioning.model.parts import (
     brief,
     decoder_config,
     encoder_config,
-    encoders,
     image_processor_in,
     literal,
     load_image_processor,
@@ -268,7 +268,7 @@ def _flatten(encoder, inputs, outputs):
     states = outputs[0]
     if torch.is_tensor(states) and (states.dim() == 4 or not hasattr(outputs, "attentions")):
         # VisionEncoderDecoderModel asks for attentions, which those without any attention do not name.
-        return BaseModelOutput(last_hidden_state=states.flatten(2).transpose(1, 2) if states.dim() == 4 else states)
+        return BaseModelOutput(last_hidden_state=as_tokens(states))
     return outputs
 
 

@@ -79,14 +79,14 @@ class Encoders(nn.Module):
                 self.places.append((slice(begin, begin + states.shape[1]), states.shape[2]))
 
     def forward(self, pixel_values: torch.Tensor) -> BaseModelOutput:
-        return BaseModelOutput(last_hidden_state=side_by_side(self._states(pixel_values)))  # type: ignore[arg-type]
+        return BaseModelOutput(last_hidden_state=joined(self._states(pixel_values)))  # type: ignore[arg-type]
 
     def _states(self, pixel_values: torch.Tensor) -> list[torch.Tensor]:
         parts = zip(self.encoders, self.views.split(pixel_values), strict=True)
         return [encoder(pixel_values=part).last_hidden_state for encoder, part in parts]
 
 
-def side_by_side(every: Sequence[torch.Tensor]) -> torch.Tensor:
+def joined(every: Sequence[torch.Tensor]) -> torch.Tensor:
     """Several encoders' output, (batch, tokens, hidden size) each, as one tensor; `Encoders.places` takes it apart."""
     widest = max(states.shape[2] for states in every)
     return torch.cat([nn.functional.pad(states, (0, widest - states.shape[2])) for states in every], 1)

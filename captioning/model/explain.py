@@ -88,7 +88,7 @@ def search(
         pixel_values: as for `best_captions`; wishes need them.
     """
     model, settings = bundle.model, bundle.model.generation_config
-    penalty = 1.0 if settings.length_penalty is None else settings.length_penalty
+    penalty = None
     if bundle.wishes is None:
         sequences = generate_tokens(
             model,
@@ -106,7 +106,7 @@ def search(
         sequences = pad_sequence(ids, batch_first=True, padding_value=bundle.tokenizer.eos_token_id).to(states.device)
         texts, given = [caption.text for caption in flat], flat[0].given
         images = torch.arange(len(captions)).repeat_interleave(torch.tensor(list(map(len, captions))))
-        penalty = penalty if bundle.wishes.length_penalty is None else bundle.wishes.length_penalty
+        penalty = bundle.wishes.length_penalty
     return _scored(bundle, states, images, sequences, texts, penalty, given)
 
 
@@ -128,8 +128,7 @@ def judge(bundle: Bundle, states: torch.Tensor, captions: Sequence[Sequence[str]
     if not ids:
         return [[] for _ in captions]
     sequences = pad_sequence(ids, batch_first=True, padding_value=end).to(states.device)
-    penalty = 1.0 if settings.length_penalty is None else settings.length_penalty
-    return _scored(bundle, states, images, sequences, decode(bundle.tokenizer, sequences[:, 1:]), penalty)
+    return _scored(bundle, states, images, sequences, decode(bundle.tokenizer, sequences[:, 1:]))
 
 
 def _scored(
@@ -138,7 +137,7 @@ def _scored(
     images: torch.Tensor,
     sequences: torch.Tensor,
     texts: Sequence[str],
-    penalty: float,
+    penalty: float | None = None,
     given: int = 0,
 ) -> list[list[Caption]]:
     """The captions of each image with the log-probabilities of their tokens, see `ranked`.
@@ -146,7 +145,11 @@ def _scored(
     Args:
         images: the image of each row of `sequences`.
         sequences: token ids (rows, length), the start token first.
+        penalty: of their length; None: that of the model's settings.
     """
+    settings = bundle.model.generation_config
+    if penalty is None:
+        penalty = 1.0 if settings.length_penalty is None else settings.length_penalty
     images, generated = images.to(states.device), sequences[:, 1:]
     chosen = []  # the tokens' log-probabilities
     for start in range(0, len(sequences), SCORED_TOGETHER):
@@ -157,7 +160,7 @@ def _scored(
         ).logits
         chosen += logits.float().log_softmax(-1).gather(2, generated[part, :, None])[..., 0].tolist()
     rows = zip(images.tolist(), texts, generated.tolist(), chosen, strict=True)
-    return ranked(rows, len(states), bundle.model.generation_config.eos_token_id, penalty, given)
+    return ranked(rows, len(states), settings.eos_token_id, penalty, given)
 
 
 @torch.inference_mode()

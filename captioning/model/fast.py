@@ -56,6 +56,13 @@ def multiplies_in_bfloat16() -> bool:
     return bool(processor.get("amx_bf16") or processor.get("avx512_bf16"))
 
 
+def bfloat16_pays(device_type: str) -> bool:
+    """Whether training computes in bfloat16 on a kind of device where nobody asks for another precision."""
+    if device_type == "cpu":
+        return multiplies_in_bfloat16()
+    return device_type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+
+
 def in_dtype(make: Callable[..., Any], device: torch.device, dtype: str) -> Callable[..., Any]:
     """`make`, computing in `dtype` on an accelerator, as training does there."""
     if device.type == "cpu" or dtype == "float32":

@@ -1,4 +1,4 @@
-"""The grid of patches that an encoder's tokens stand for."""
+"""The tokens of an encoder, and the grid of patches that they stand for."""
 
 from __future__ import annotations
 
@@ -6,9 +6,20 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from captioning import InputError
 
 MOST_EXTRA_TOKENS = 16  # class, distillation and register tokens before the patches
+
+
+def as_tokens(states: torch.Tensor) -> torch.Tensor:
+    """A convolutional network's map of features, (batch, channels, rows, columns), as tokens; tokens stay.
+
+    Returns:
+        (batch, tokens, channels)
+    """
+    return states.flatten(2).transpose(1, 2) if states.dim() == 4 else states
 
 
 def patch_grid(tokens: int, size: Sequence[int], config: Any) -> tuple[int, int]:

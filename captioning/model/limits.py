@@ -184,7 +184,10 @@ def check_sides(config: Any, what: str, size: Any = None) -> None:
     Raises:
         InputError: the image is too large for its patches.
     """
-    if hasattr(config, "first"):  # two encoders, each looked at by itself
+    if hasattr(config, "first"):  # two encoders: what each says itself, and what it gets
+        for part, its_size in ((config.first, config.image_size), (config.second, config.second_image_size)):
+            check_sides(part, what)
+            check_sides(part, what, its_size)
         return
     # What names no patch (SegFormer, ResNet) has places of 4 to 32 pixels.
     side, patch = size or getattr(config, "image_size", None), getattr(config, "patch_size", None) or 8

@@ -22,7 +22,8 @@ def vectors_of(states: np.ndarray | torch.Tensor, encoder: torch.nn.Module) -> n
     Returns:
         float32 (images, hidden size)
     """
-    classes = any(name.endswith(("cls_token", "class_embedding")) for name, _ in encoder.named_parameters())
+    first = getattr(encoder, "first", encoder)  # of two encoders side by side this one says what the tokens are
+    classes = any(name.endswith(("cls_token", "class_embedding")) for name, _ in first.named_parameters())
     own = states[:, 0] if classes else states.mean(1)
     return own.float().cpu().numpy() if isinstance(own, torch.Tensor) else own.astype(np.float32)
 

@@ -107,8 +107,8 @@ def packed_attention_mask(segment_ids: torch.Tensor) -> torch.Tensor:
 def decoder_mask(model: VisionEncoderDecoderModel, segment_ids: torch.Tensor) -> torch.Tensor:
     """`packed_attention_mask` as the model's kind of attention takes it."""
     mask = packed_attention_mask(segment_ids)
-    if model.decoder.config._attn_implementation != "sdpa":
-        # Other attention than torch's fused one adds its mask to the scores.
+    if model.decoder.config._attn_implementation == "eager":
+        # Eager attention adds its mask to the scores.
         return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, torch.finfo(torch.float32).min)
     return mask
 

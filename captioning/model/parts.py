@@ -31,9 +31,9 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from captioning import InputError
-from captioning.cli import note
+from captioning.cli import encoders, note
 from captioning.files import is_full_disk, read_json, write_whole
-from captioning.model import two_encoders
+from captioning.model import two_encoders  # noqa: F401 (from here on transformers knows their configuration)
 from captioning.model.limits import check_files, check_processor, check_sides, read_settings
 
 MOST_TOKENS = 4_000_000  # of a tokenizer
@@ -96,11 +96,6 @@ BUNDLE_HINT = "name a run folder that train.py wrote"
 def preset_config(encoder: str) -> Any:
     """The configuration of an encoder preset."""
     return (SegformerConfig if encoder == "mit" else ViTConfig)(**ENCODER_PRESETS[encoder])
-
-
-def encoders(named: Encoder) -> list[str]:
-    """The names of one encoder or of two."""
-    return [named] if isinstance(named, str | os.PathLike) else list(named)
 
 
 def quoted(named: Encoder) -> str:
@@ -213,12 +208,6 @@ def read_config(folder: Path, what: str):
     check_sides(config, name)
     for part in ("encoder", "vision_config"):
         check_sides(getattr(config, part, None), name)
-    pair: Any
-    for pair in (config, getattr(config, "encoder", None)):
-        if getattr(pair, "model_type", None) == two_encoders.KIND:
-            for part, size in ((pair.first, pair.image_size), (pair.second, pair.second_image_size)):
-                check_sides(part, name)
-                check_sides(part, name, size)
     return config
 
 

@@ -30,7 +30,7 @@ from transformers import AutoConfig, AutoModel, PreTrainedConfig, PreTrainedMode
 from transformers.configuration_utils import SubConfigSpec
 from transformers.modeling_outputs import BaseModelOutput
 
-from captioning.model.grid import patch_grid
+from captioning.model.grid import as_tokens, patch_grid
 
 KIND = "side_by_side_encoders"
 
@@ -149,9 +149,7 @@ class TwoEncoders(PreTrainedModel):
 
 def _tokens(encoder: Any, pixels: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor, tuple[int, int]]:
     """An encoder's class token (batch, 1, channels), if it has one, its patches and their grid; all normalised."""
-    states = encoder(pixel_values=pixels)[0]
-    if states.dim() == 4:  # a convolutional network's map of features
-        states = states.flatten(2).transpose(1, 2)
+    states = as_tokens(encoder(pixel_values=pixels)[0])
     rows, columns = patch_grid(states.shape[1], pixels.shape[2:], encoder.config)
     states = functional.layer_norm(states.float(), states.shape[2:])
     patches = states[:, states.shape[1] - rows * columns :]

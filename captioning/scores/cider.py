@@ -73,12 +73,16 @@ def cider_d(
         references: of each caption, one or more.
         idf: officially of all images that are evaluated.
     """
-    scores = []
+    scores: list[float] = []
+    last: Sequence[Ngrams] = ()
+    own_norms: list[list[float]] = []
     for caption, own in zip(captions, references, strict=True):
         norms = idf.norms(caption)
+        if own is not last:  # captions of one image follow each other where there are several
+            last, own_norms = own, [idf.norms(reference) for reference in own]
         score = 0.0
-        for reference in own:
-            score += _similarity(caption, norms, reference, idf.norms(reference), idf)
+        for reference, reference_norms in zip(own, own_norms, strict=True):
+            score += _similarity(caption, norms, reference, reference_norms, idf)
         scores.append(10 * score / ORDERS / len(own))
     return scores
 

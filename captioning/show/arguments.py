@@ -339,7 +339,7 @@ class Arguments:
                 raise InputError(f"--store has no use with --{flag_name}; leave one of them out")
         if self.wishes is not None:
             raise InputError(f"--store has no use with --{next(iter(self.wishes.settings()))}; leave one of them out")
-        cli.prepared_folders(self.store, "--store")
+        _ = self.store_folders  # a wrong one is refused now
 
     @functools.cached_property
     def wishes(self) -> Wishes | None:
@@ -466,12 +466,25 @@ class Arguments:
         if self.ensemble:
             made["ensemble"] = [fingerprint(Path(name)) if Path(name).is_dir() else name for name in self.ensemble]
         if self.store:
-            folders = cli.prepared_folders(self.store, "--store")
-            digests = (hashlib.sha256((folder / "dataset.json").read_bytes()).hexdigest() for folder in folders)
-            made["store"] = [
-                f"{folder.resolve().name} {digest[:16]}" for folder, digest in zip(folders, digests, strict=True)
-            ]
+            made["store"] = self.store_names
         return made
+
+    @functools.cached_property
+    def store_folders(self) -> list[Path]:
+        """The folders that `--store` names.
+
+        Raises:
+            InputError: one is no such folder.
+        """
+        return cli.prepared_folders(self.store or (), "--store")
+
+    @property
+    def store_names(self) -> list[str]:
+        """The name of each folder of `--store`, and a digest of what its dataset.json says."""
+        return [
+            f"{folder.resolve().name} {hashlib.sha256((folder / 'dataset.json').read_bytes()).hexdigest()[:16]}"
+            for folder in self.store_folders
+        ]
 
     @property
     def annotations(self) -> Path | None:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
+from captioning import cli
 from captioning.data.folder import in_parts
 from captioning.files import json_text, plain, write_whole
 from captioning.scores import bootstrap
@@ -132,9 +133,9 @@ def model_card(results: Mapping[str, Any], name: str) -> str:
     """
     names, data, test, versions = results["model"], results["data"], results["test"], results["versions"]
     # Only what was fetched from the hub has a name there; a local folder's would be a wrong link.
-    encoders = names["encoder"] if isinstance(names["encoder"], list) else [names["encoder"]]
+    encoders = cli.encoders(names["encoder"])
     parts = [part for part in (*encoders, names["decoder"]) if is_hub_id(part)]
-    licensed = [encoder if is_hub_id(encoder) else "the encoder" for encoder in dict.fromkeys(encoders)]
+    licensed = [encoder if is_hub_id(encoder) else "the encoder" for encoder in encoders]
     metadata = ModelCardData(
         model_name=name,
         library_name="transformers",

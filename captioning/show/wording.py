@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from captioning.cli import encoders
 from captioning.data import scenes
 
 
@@ -22,7 +23,7 @@ def name_of(part: str | Sequence[str]) -> str:
 
     Two encoders are "A + B".
     """
-    if isinstance(part, list):
-        return " + ".join(map(name_of, part))
-    part = str(part)
-    return part.rstrip("/").rsplit("/", 1)[-1] if part.startswith(("/", ".", "~")) or part.count("/") > 1 else part
+    return " + ".join(
+        name.rstrip("/").rsplit("/", 1)[-1] if name.startswith(("/", ".", "~")) or name.count("/") > 1 else name
+        for name in map(str, encoders(part))
+    )

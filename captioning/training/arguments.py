@@ -462,18 +462,17 @@ def device_defaults() -> dict[str, Any]:
     """What depends on the machine: half precision and the number of data workers."""
     import torch
 
-    from captioning.model.fast import multiplies_in_bfloat16
+    from captioning.model.fast import bfloat16_pays
 
     forced_to_cpu = os.environ.get("ACCELERATE_USE_CPU", "").lower() == "true"  # accelerate launch --cpu
     processes = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     workers = max(1, min(8, (os.cpu_count() or 1) // (2 * processes)))
     on_cuda = torch.cuda.is_available() and not forced_to_cpu
     on_cpu = forced_to_cpu or not torch.accelerator.is_available()
-    on_gpu = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
     return {
         # Said aloud, because the Trainer takes bfloat16 for a GPU's otherwise.
         "use_cpu": on_cpu,
-        "bf16": on_gpu or (on_cpu and multiplies_in_bfloat16()),
+        "bf16": bfloat16_pays("cuda" if on_cuda else "cpu" if on_cpu else "another"),
         "dataloader_num_workers": workers,
         "dataloader_persistent_workers": True,
         "dataloader_pin_memory": on_cuda,

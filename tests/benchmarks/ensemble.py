@@ -13,6 +13,7 @@ import argparse
 import json
 import sys
 import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,41 @@ from captioning.scores import bootstrap
 from captioning.scores.metrics import evaluate
 from captioning.training.batches import CaptionDataset
 from captioning.training.features import FeatureCache
+
+# Places of some images in the split -> their captions.
+Way = Callable[[Sequence[int]], list[str]]
+
+
+def compared(
+    ways: Iterable[tuple[str, Way]], rows: Sequence[int], references: Mapping[int, Sequence[str]]
+) -> dict[str, list[str]]:
+    """The captions of each way to write them; a line for each tells its scores, beside those of the first.
+
+    Args:
+        ways: with their names.
+        rows: places of the images in the split.
+        references: of these images, in the same order.
+    """
+    first, said = None, {}
+    for name, way in ways:
+        texts: list[str] = []
+        began = time.process_time()
+        with torch.inference_mode():
+            for start in range(0, len(rows), 16):
+                texts += way(rows[start : start + 16])
+        seconds = (time.process_time() - began) / len(rows)
+        said[name] = texts
+        found = evaluate(dict(zip(references, texts, strict=True)), references)
+        first = first or found
+        low, high = bootstrap.intervals(found)["cider_d"]
+        less = bootstrap.differences(found, first)["cider_d"]
+        print(
+            f"{name}: {len(rows):,} images, CIDEr-D {found.scores['cider_d']:.4f} [{low:.3f}, {high:.3f}], difference "
+            f"{less.value:+.4f} [{less.low:+.4f}, {less.high:+.4f}], BLEU-4 {found.scores['bleu_4']:.4f}, "
+            f"{seconds:.3f} s of a core an image",
+            flush=True,
+        )
+    return said
 
 
 def main() -> None:
@@ -57,35 +93,23 @@ def main() -> None:
 
     own = [features(bundle) for bundle in bundles]
 
-    def states(number: int | None, rows: range) -> torch.Tensor:
+    def states(number: int | None, rows: Sequence[int]) -> torch.Tensor:
         """What the encoder of one bundle makes of some images, or that of the ensemble (None)."""
         if number is not None:
             return torch.from_numpy(np.stack([own[number][row] for row in rows])).float()
-        return ensemble.side_by_side([states(member, rows) for member in seeing])
+        return ensemble.joined([states(member, rows) for member in seeing])
 
-    first, texts_of = None, {}
-    members = [(name, number, bundle) for number, (name, bundle) in enumerate(zip(args.runs, bundles, strict=True))]
-    for name, number, bundle in [*members, ("ensemble", None, together)]:
-        texts: list[str] = []
-        began = time.process_time()
-        with torch.inference_mode():
-            for start in range(0, len(ids), 16):
-                seen = states(number, range(start, min(start + 16, len(ids))))
-                texts += generate.decode(bundle.tokenizer, generate.generate_tokens(bundle.model, seen))
-        seconds = (time.process_time() - began) / len(ids)
-        texts_of[name] = dict(zip(ids, texts, strict=True))
-        found = evaluate(texts_of[name], references)
-        first = first or found
-        low, high = bootstrap.intervals(found)["cider_d"]
-        less = bootstrap.differences(found, first)["cider_d"]
-        print(
-            f"{name}: {len(ids):,} images, CIDEr-D {found.scores['cider_d']:.4f} [{low:.3f}, {high:.3f}], difference "
-            f"{less.value:+.4f} [{less.low:+.4f}, {less.high:+.4f}], BLEU-4 {found.scores['bleu_4']:.4f}, "
-            f"{seconds:.3f} s of a core an image",
-            flush=True,
-        )
+    def way(number: int | None, bundle: Any) -> Way:
+        def captions(rows: Sequence[int]) -> list[str]:
+            return generate.decode(bundle.tokenizer, generate.generate_tokens(bundle.model, states(number, rows)))
+
+        return captions
+
+    ways = [(name, way(number, bundle)) for number, (name, bundle) in enumerate(zip(args.runs, bundles, strict=True))]
+    texts_of = compared([*ways, ("ensemble", way(None, together))], range(len(ids)), references)
     if args.output:
-        args.output.write_text(json.dumps(texts_of))
+        by_id = {name: dict(zip(ids, texts, strict=True)) for name, texts in texts_of.items()}
+        args.output.write_text(json.dumps(by_id))
 
 
 if __name__ == "__main__":

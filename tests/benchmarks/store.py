@@ -18,14 +18,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from ensemble import Way, compared
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from captioning import cli
 from captioning.data.folder import load_prepared
 from captioning.model import captioner, generate, neighbours, parts
-from captioning.scores import bootstrap
-from captioning.scores.metrics import evaluate
 from captioning.show.store import Store
 from captioning.training.batches import CaptionDataset
 from captioning.training.features import FeatureCache
@@ -71,28 +70,13 @@ def main() -> None:
         """Of the neighbours' captions the one that agrees best with all of them."""
         return [whole.agreeing(rows, 1)[0] for rows in whole.nearest(bundle, states)]
 
-    base, said = None, {}
+    def of(way: Callable[[torch.Tensor], list[str]]) -> Way:
+        seen = features[args.split]
+        return lambda rows: way(torch.from_numpy(np.stack([seen[row] for row in rows])).float())
+
     ways = {"the captioner alone": alone, "the store alone": store_alone}
     ways |= {f"--store_weight {weight:g}": with_store(weight) for weight in args.weights}
-    for name, way in ways.items():
-        texts: list[str] = []
-        began = time.process_time()
-        with torch.inference_mode():
-            for start in range(0, len(rows), 16):
-                states = np.stack([features[args.split][row] for row in rows[start : start + 16]])
-                texts += way(torch.from_numpy(states).float())
-        seconds = (time.process_time() - began) / len(rows)
-        said[name] = texts
-        found = evaluate(dict(zip(references, texts, strict=True)), references)
-        base = base or found
-        low, high = bootstrap.intervals(found)["cider_d"]
-        less = bootstrap.differences(found, base)["cider_d"]
-        print(
-            f"{name}: {len(rows):,} images, CIDEr-D {found.scores['cider_d']:.4f} [{low:.3f}, {high:.3f}], difference "
-            f"{less.value:+.4f} [{less.low:+.4f}, {less.high:+.4f}], BLEU-4 {found.scores['bleu_4']:.4f}, "
-            f"{seconds:.3f} s of a core an image",
-            flush=True,
-        )
+    said = compared([(name, of(way)) for name, way in ways.items()], rows, references)
     pairs = zip(said["the captioner alone"], said[f"--store_weight {args.weights[0]:g}"], strict=True)
     changed = [pair for pair in pairs if pair[0] != pair[1]]
     print(f"{len(changed):,} captions of {len(rows):,} change")
