@@ -18,6 +18,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # A test must never depend on a hub, nor wait for one.
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
+if "PYTEST_XDIST_WORKER" in os.environ:  # each worker has one core
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 # What is remembered of folders goes with the tests; matplotlib's list of fonts, which takes seconds to make, does not.
 CACHE = tempfile.TemporaryDirectory(prefix="captioning-tests-")
 os.environ["MPLCONFIGDIR"] = str(Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache", "matplotlib").expanduser())

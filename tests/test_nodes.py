@@ -11,8 +11,9 @@ import nodes
 
 
 @pytest.mark.slow
-def test_two_machines_train_as_one_does(few, tmp_path):
-    found = nodes.compare(few, tmp_path, nodes.HERE)
+@pytest.mark.parametrize("more", [(), nodes.CACHED])
+def test_two_machines_train_as_one_does(more, few, tmp_path):
+    found = nodes.compare(few, tmp_path, nodes.HERE, *more)
     # Adam turns a rounding of a gradient near zero into a part of a step, which is 1e-3.
     assert found["updates"] == 6 and found["mean"] < 5e-5 and found["largest"] < 5e-4
 

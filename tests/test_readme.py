@@ -142,7 +142,7 @@ def test_ci_runs_the_commands_that_the_readme_gives():
     done = subprocess.run(["bash", "-c", script], capture_output=True, text=True, cwd=ROOT)
     assert done.stdout.splitlines() == [
         "python3 -m venv /fresh && . /fresh/bin/activate && pip install -r requirements.txt -r tests/requirements.txt",
-        "python -m pytest",
+        "python -m pytest -n 2",
     ]
 
 

@@ -1,11 +1,12 @@
 """One training on two machines: what it computes, what happens when one of them dies, and how it goes on with one.
 
-    python tests/benchmarks/nodes.py --data_path processed_data                  # two launchers on this machine
+    python tests/benchmarks/nodes.py --data_path processed_data                  # two launchers here
     sudo python tests/benchmarks/nodes.py --data_path processed_data --network   # each in a network of its own
 
-Each machine is a `torchrun` with one process. With `--network` they live in two network namespaces (Linux, as root)
-that a virtual cable joins, so that nothing but the address of the first one is known to the second. Prints what was
-found, and ends with an error where two machines do not do what one does.
+Each machine is a `torchrun` with one process. They train with the encoder, and on its cached features. With `--network`
+they live in two network namespaces (Linux, as root) that a virtual cable joins, so that nothing but the address of the
+first one is known to the second. Prints what was found, and ends with an error where two machines do not do what one
+does.
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 IMAGES = 8  # of an update, over all machines
 SETTINGS = ["--bf16=False", "--use_cpu", "--dataloader_num_workers=0", "--dropout=0", "--max_grad_norm=0"]
 SETTINGS += ["--generation_num_beams=1", "--generation_max_length=8", "--save_total_limit=3"]
+CACHED = ("--freeze_encoder", "--cache_features", "--augment=2")
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -39,8 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--network", action="store_true", help="each machine in a network namespace of its own")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as work, cable() if args.network else contextlib.nullcontext(HERE) as nodes:
-        found = compare(args.data_path, Path(work), nodes)
-        print(f"one machine and two: {found['updates']} updates, weights differ by {found['largest']:.1e} at most")
+        for more in ((), CACHED):
+            found = compare(args.data_path, Path(work) / " ".join(("both", *more)), nodes, *more)
+            print(" ".join(("train.py", *more)), end=", ")
+            print(f"one machine and two: {found['updates']} updates, weights differ by {found['largest']:.1e} at most")
         for victim in (1, 0):
             lost = lose_one(args.data_path, Path(work) / str(victim), nodes, victim)
             print(f"machine {victim} killed: the other one said so after {lost['told']:.1f} s, and its launcher ended")
@@ -125,21 +129,29 @@ def ended(runs: Sequence[subprocess.Popen]) -> list[str]:
     return said
 
 
-def compare(data: Path, work: Path, nodes: Sequence[Node]) -> dict:
+def compare(data: Path, work: Path, nodes: Sequence[Node], *more: str) -> dict:
     """The same training on one machine and on two: updates, scores and captions have to be the same.
+
+    Args:
+        more: further flags. With --cache_features the machines share out the encoder's work, and its bytes have to be
+            those that one machine computes.
 
     Returns:
         updates, and the largest and the mean difference of a weight.
     """
-    runs = {}
+    runs, features = {}, {}
     for machines in (1, 2):
-        folder = work / f"of {machines}"
-        said = ended(start(nodes[:machines], arguments(data, folder, machines, "--epochs=2")))
+        folder, own = work / f"of {machines}", work / f"data of {machines}"
+        shutil.copytree(data, own, ignore=shutil.ignore_patterns(".features"))
+        said = ended(start(nodes[:machines], arguments(own, folder, machines, "--epochs=2", *more)))
+        features[machines] = {file.name: file.read_bytes() for file in own.glob(".features/*.npy")}
         if f"{machines} process(es), {IMAGES} images per update" not in said[0] or any(
             "CIDEr-D" in s for s in said[1:]
         ):
             raise SystemExit("\n".join(said))
         runs[machines] = json.loads((folder / "results.json").read_text()), load_file(folder / "model.safetensors")
+    if features[1] != features[2] or bool(features[1]) != ("--cache_features" in more):
+        raise SystemExit(f"features of one machine: {sorted(features[1])}; of two: {sorted(features[2])}")
     (one, weights), (two, others) = runs.values()
     for split in ("validation", "test"):
         for name, value in one[split].items():
