@@ -201,6 +201,7 @@ def _session(public: bool):
     class Checked:
         """A connection to what a name leads to now, if all of that is public."""
 
+        # The classes below join this one with urllib3's connections, which have what the type check misses here.
         def _new_conn(self):
             host = self._dns_host.strip("[]")  # type: ignore[attr-defined]
             found = socket.getaddrinfo(host, self.port, type=socket.SOCK_STREAM)  # type: ignore[attr-defined]

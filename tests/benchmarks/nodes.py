@@ -41,10 +41,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--network", action="store_true", help="each machine in a network namespace of its own")
     args = parser.parse_args(argv)
     with tempfile.TemporaryDirectory() as work, cable() if args.network else contextlib.nullcontext(HERE) as nodes:
-        for more in ((), CACHED):
-            found = compare(args.data_path, Path(work) / " ".join(("both", *more)), nodes, *more)
-            print(" ".join(("train.py", *more)), end=", ")
-            print(f"one machine and two: {found['updates']} updates, weights differ by {found['largest']:.1e} at most")
+        for name, more in (("moving encoder", ()), ("cached features", CACHED)):
+            found = compare(args.data_path, Path(work) / name, nodes, *more)
+            print(f"{name}, one machine and two: {found['updates']} updates, ", end="")
+            print(f"weights differ by {found['largest']:.1e} at most")
         for victim in (1, 0):
             lost = lose_one(args.data_path, Path(work) / str(victim), nodes, victim)
             print(f"machine {victim} killed: the other one said so after {lost['told']:.1f} s, and its launcher ended")

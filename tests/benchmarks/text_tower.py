@@ -34,15 +34,15 @@ from torch.nn.utils.rnn import pad_sequence
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 from captioning.data.images import open_image
+from captioning.files import replacing
 from captioning.model.neighbours import Gallery
+from captioning.model.parts import Pixels
 from captioning.scores import bootstrap
 from captioning.scores.consensus import Agreement
 from captioning.scores.diversity import nouns
 from captioning.scores.metrics import evaluate
 from captioning.scores.words import choose
 
-MEAN, STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)  # CLIP's
-SIDE = 224
 BATCH = 512  # captions
 RARE = 2  # a word that training captions have less often is unknown
 PADDING, UNKNOWN = 0, 1
@@ -66,13 +66,12 @@ def main(argv: list[str] | None = None) -> None:
     rng = random.Random(args.seed)
     known = embeddings(args.images, args.onnx, args.embeddings)
     entries = [entry for entry in json.loads(args.karpathy_json.read_text())["images"] if entry["filename"] in known]
-    splits = {
-        name: Split([entry for entry in entries if entry["split"] == split], known)
+    parts = {
+        name: [entry for entry in entries if entry["split"] == split]
         for name, split in (("train", "train"), ("validation", "val"), ("test", "test"))
     }
-    splits["validation"].centre(splits["train"].mean)
-    splits["test"].centre(splits["train"].mean)
-    splits["train"].centre(splits["train"].mean)
+    mean = unit(np.stack([known[entry["filename"]] for entry in parts["train"]])).mean(0)
+    splits = {name: Split(part, known, mean) for name, part in parts.items()}
     tower = Tower(splits["train"].captions, splits["train"].images.shape[1], args.width, args.dropout)
     train(tower, splits["train"], splits["validation"], args.epochs, rng)
     for name in ("validation", "test"):
@@ -83,24 +82,28 @@ def main(argv: list[str] | None = None) -> None:
 class Split:
     """Images of a split with their captions.
 
+    Args:
+        mean: of the training images' unit vectors. What all images share tells none from another.
+
     Attributes:
+        raw: of each image, as they were written.
         captions: tokenised, all of them.
         image_of: of each caption, as its place.
-        images: (images, dimensions)
+        vectors: (images, dimensions), as CLIP gives them.
+        images: unit vectors around the mean.
     """
 
-    def __init__(self, entries: Sequence[dict], known: dict[str, np.ndarray]):
+    def __init__(self, entries: Sequence[dict], known: dict[str, np.ndarray], mean: torch.Tensor):
         self.raw = [[sentence["raw"] for sentence in entry["sentences"]] for entry in entries]
         flat = [text for own in self.raw for text in own]
         self.captions = [text.split() for text in choose(flat).tokenize(flat)]
         self.image_of = torch.tensor([place for place, own in enumerate(self.raw) for _ in own])
         self.vectors = np.stack([known[entry["filename"]] for entry in entries]).astype(np.float32)
-        self.mean = functional.normalize(torch.from_numpy(self.vectors), dim=1).mean(0)
-        self.images = torch.from_numpy(self.vectors)
+        self.images = functional.normalize(unit(self.vectors) - mean, dim=1)
 
-    def centre(self, mean: torch.Tensor) -> None:
-        """What all images share tells none from another."""
-        self.images = functional.normalize(functional.normalize(self.images, dim=1) - mean, dim=1)
+
+def unit(vectors: np.ndarray) -> torch.Tensor:
+    return functional.normalize(torch.from_numpy(vectors.astype(np.float32)), dim=1)
 
 
 class Tower(nn.Module):
@@ -150,27 +153,19 @@ def embeddings(images: Path, onnx: Path, file: Path) -> dict[str, np.ndarray]:
     if not file.exists():
         import onnxruntime
         from tqdm import tqdm
+        from transformers import CLIPImageProcessorPil
 
+        pixels = Pixels(CLIPImageProcessorPil())
         session = onnxruntime.InferenceSession(str(onnx), providers=["CPUExecutionProvider"])
         paths, found = sorted(images.glob("*.jpg")), []
         for start in tqdm(range(0, len(paths), 16), unit="batch", desc="embeddings"):
-            pixels = np.stack([pixels_of(path) for path in paths[start : start + 16]])
-            found.append(session.run(["image_embeds"], {"pixel_values": pixels})[0])
-        np.savez(file, names=[path.name for path in paths], vectors=np.concatenate(found))
+            batch = np.stack([pixels(open_image(path).convert("RGB")) for path in paths[start : start + 16]])
+            values = pixels.normalise(torch.from_numpy(batch)).numpy()
+            found.append(session.run(["image_embeds"], {"pixel_values": values})[0])
+        with replacing(file) as part, part.open("wb") as written:
+            np.savez(written, names=[path.name for path in paths], vectors=np.concatenate(found))
     kept = np.load(file)
     return dict(zip(kept["names"].tolist(), kept["vectors"], strict=True))
-
-
-def pixels_of(path: Path) -> np.ndarray:
-    """(3, 224, 224), as CLIP was trained: the shorter side resized, the middle cut out."""
-    from PIL import Image
-
-    image = open_image(path).convert("RGB")
-    scale = SIDE / min(image.size)
-    width, height = (max(SIDE, round(side * scale)) for side in image.size)
-    left, top = (width - SIDE) // 2, (height - SIDE) // 2
-    cut = image.resize((width, height), Image.Resampling.BICUBIC).crop((left, top, left + SIDE, top + SIDE))
-    return ((np.asarray(cut, np.float32) / 255 - MEAN) / STD).transpose(2, 0, 1).astype(np.float32)
 
 
 def train(tower: Tower, split: Split, validation: Split, epochs: int, rng: random.Random) -> None:
@@ -246,14 +241,17 @@ def rerank(tower: Tower, splits: dict[str, Split]) -> None:
     """Captions of the nearest training images that agree best with the others, with the tower's score and without."""
     train, best = splits["train"], 0.0
     agreement, gallery = Agreement(train.raw), Gallery(train.vectors)
+    flat, captions = [text for own in train.raw for text in own], tower(train.captions)
     for name in ("validation", "test"):
         split, scores = splits[name], {}
         references = dict(enumerate(split.raw))
         candidates = []
         for image, rows in enumerate(gallery.nearest(split.vectors, NEIGHBOURS)):
-            texts = [text for row in rows for text in train.raw[row]]
-            words = [text.split() for text in choose(texts).tokenize(texts)]
-            candidates.append((texts, np.array(agreement(texts, rows)), (tower(words) @ split.images[image]).numpy()))
+            theirs = torch.cat([(train.image_of == row).nonzero()[:, 0] for row in rows])
+            texts = [flat[place] for place in theirs]
+            candidates.append(
+                (texts, np.array(agreement(texts, rows)), (captions[theirs] @ split.images[image]).numpy())
+            )
         for weight in WEIGHTS if name == "validation" else sorted({0.0, best}):
             chosen = [texts[int((agree + weight * cosine).argmax())] for texts, agree, cosine in candidates]
             scores[weight] = evaluate(dict(enumerate(chosen)), references)
