@@ -188,9 +188,10 @@ def prepare(args: Arguments, work: Path) -> str:
     cli.note(f"{source}: {sum(map(len, pools.values())):,} images to choose from")
 
     # Model: its image size, its tokenizer
-    from datasets.utils.logging import disable_progress_bar
+    with cli.importing():
+        from datasets.utils.logging import disable_progress_bar
 
-    from captioning.model import captioner, parts
+        from captioning.model import captioner, parts
 
     disable_progress_bar()
     parts.quiet_transformers()

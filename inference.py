@@ -129,11 +129,13 @@ def load_exported(args: Arguments) -> OnnxBundle:
 
 def load_model(args: Arguments) -> Bundle:
     """The bundle on its device, with the decoding settings of the command line."""
-    from captioning.model import captioner, ensemble, parts
-
-    parts.quiet_transformers()
     names = [args.model_path, *(args.ensemble or [])]
-    bundles = [captioner.load(name, "--ensemble" if number else "--model_path") for number, name in enumerate(names)]
+    with cli.importing():
+        from captioning.model import captioner, ensemble, parts
+
+        parts.quiet_transformers()
+        flags = ["--model_path"] + ["--ensemble"] * (len(names) - 1)
+        bundles = [captioner.load(name, flag) for name, flag in zip(names, flags, strict=True)]
     bundle = ensemble.join(bundles, names) if args.ensemble else bundles[0]
     bundle.to(device_of(args))
     for name in ("num_beams", "max_new_tokens"):

@@ -47,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
     if os.environ.get("RANK", "0") == "0":
         cli.note(f"{args.data} -> {args.output_dir}; starting PyTorch")
     arguments.start_missing_processes(__file__, argv)
-    training = arguments.training_arguments(args, rest)
+    with cli.importing():
+        training = arguments.training_arguments(args, rest)
     computed_in = precision.settle(training, precision.asked(arguments.values(rest), os.environ), args.checkpoint())
     with resilience.explained(training), resilience.stoppable(training), only_run_in(args.output_dir, training):
         code = train(args, training, computed_in, sys.argv[1:] if argv is None else argv)
@@ -63,16 +64,17 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
         computed_in: the precision of matrix products, and its reason, for the log.
         words: the command line.
     """
-    from transformers import set_seed
+    with cli.importing():
+        from transformers import set_seed
 
-    from captioning.data.fingerprint import fingerprint
-    from captioning.data.folder import in_parts, load_prepared
-    from captioning.model import captioner, lora, parts
-    from captioning.model import weights as stored_weights
-    from captioning.scores import bootstrap, monotony
-    from captioning.show import run_folder, tables, trackers
-    from captioning.training import config, record
-    from captioning.training.batches import CaptionDataset
+        from captioning.data.fingerprint import fingerprint
+        from captioning.data.folder import in_parts, load_prepared
+        from captioning.model import captioner, lora, parts
+        from captioning.model import weights as stored_weights
+        from captioning.scores import bootstrap, monotony
+        from captioning.show import run_folder, tables, trackers
+        from captioning.training import config, record
+        from captioning.training.batches import CaptionDataset
 
     parts.quiet_transformers()
     notes = record.Record(words)

@@ -1,5 +1,6 @@
 """Flags: a dataclass of them, dashes and underscores, hints for what people type, and one sentence for an error."""
 
+import gc
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -146,3 +147,13 @@ def test_a_bar_in_a_file_is_a_few_whole_lines(monkeypatch, capfd):
         for _ in range(3):
             bar.update()
     assert capfd.readouterr().err.count("captions:") >= 3
+
+
+def test_imports_are_not_searched_for_cycles_and_what_comes_after_them_is():
+    """Also where an import ends in a refusal."""
+    with cli.importing():
+        assert not gc.isenabled()
+    assert gc.isenabled()
+    with pytest.raises(InputError), cli.importing():
+        raise InputError("no model")
+    assert gc.isenabled()
