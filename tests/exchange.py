@@ -22,7 +22,7 @@ def covered(pair: tuple[Evaluation, Evaluation], rng, repeats: int = 100, resamp
     counts = dict.fromkeys(pair[0].scores, 0)
     for repeat in range(repeats):
         swapped = [rng.random() < 0.5 for _ in pair[0].ids]
-        both = [exchanged(pair, swapped, turn) for turn in (False, True)]
-        for name, found in bootstrap.differences(*both, resamples=resamples, seed=repeat).items():
+        ours, theirs = (exchanged(pair, swapped, turn) for turn in (False, True))
+        for name, found in bootstrap.differences(ours, theirs, resamples, repeat).items():
             counts[name] += found.low <= 0 <= found.high
     return counts

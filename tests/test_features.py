@@ -51,6 +51,26 @@ def test_cached_features_are_the_live_ones_in_float16(bundle_and_data, tmp_path)
     assert np.array_equal(cached, again) and said[-1].startswith("features: validation from ")
 
 
+def test_on_a_cpu_features_are_computed_a_few_at_a_time_whatever_batch_is_asked_for(
+    bundle_and_data, tmp_path, monkeypatch
+):
+    """So machines with other batch sizes write the same bytes, as well."""
+    bundle, dataset = bundle_and_data
+    encode, sizes = features.FeatureCache.encode, []
+
+    def counted(cache, images):
+        sizes.append(len(images))
+        return encode(cache, images)
+
+    monkeypatch.setattr(features.FeatureCache, "encode", counted)
+    arrays = []
+    for size in (16, 64):
+        cache = features.FeatureCache(bundle, tmp_path / str(size), size, print)
+        arrays.append(np.array(cache.features(dataset, "validation")))
+    assert sizes == 2 * [1, 8, 8, 5], "one image tells the shape"
+    assert np.array_equal(*arrays)
+
+
 def test_loss_with_cached_features_equals_the_live_loss(bundle_and_data, tmp_path):
     bundle, dataset = bundle_and_data
     collate = batches.Collator(bundle.model.config.decoder_start_token_id, 0)

@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -151,7 +152,7 @@ def build(args: argparse.Namespace):
     if args.size == "base":
         net.decoder.resize_token_embeddings(GPT2Config().vocab_size, mean_resizing=False)
     bundle = captioner.Bundle(net, tokenizer, parts.load_image_processor(args.size))
-    net.to("cuda" if torch.cuda.is_available() else "cpu")
+    bundle.to(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     return bundle
 
 
@@ -254,14 +255,14 @@ def prepare_standard(args: argparse.Namespace, save_path: Path) -> int:
 
 def measure_train(case: str, args: argparse.Namespace) -> dict:
     """Captions per second of training; ours is `CaptionTrainer` on a prepared folder, its data workers included."""
-    import train
+    from captioning.training import arguments
 
     bundle = build(args)
     if case == "standard":
         seen, seconds, flops = train_standard(bundle, args)
     else:
         seen, seconds, flops = train_ours(bundle, args, cached=case == "ours, cached")
-    bfloat16 = case != "standard" and train.device_defaults()["bf16"]
+    bfloat16 = case != "standard" and arguments.device_defaults()["bf16"]
     utilisation = flops / seconds / 1e12 / peak_rate(bfloat16)
     return result({"captions/s": seen / seconds, "% of the matrix-product peak": 100 * utilisation})
 
@@ -342,7 +343,7 @@ def train_ours(bundle, args: argparse.Namespace, cached: bool) -> tuple[int, flo
             data_collator=batches.Collator(start, pad),
             train_dataset=rows,
         )
-        measured = {}
+        measured: dict[str, Any] = {}
 
         class Stopwatch(TrainerCallback):
             """Starts after three updates, and stops the training when time is up."""
@@ -392,7 +393,7 @@ def measure_infer(case: str, args: argparse.Namespace) -> dict:
     bundle = build(args)
     bundle.model.eval()
     paths = [str(record.path) for record in records(args)]
-    settings = {"num_beams": 4, "max_new_tokens": CAPTION_LENGTH, "min_new_tokens": CAPTION_LENGTH}
+    settings: dict[str, Any] = {"num_beams": 4, "max_new_tokens": CAPTION_LENGTH, "min_new_tokens": CAPTION_LENGTH}
     size = 1 if case == "standard" else 16
     dtype = "bfloat16" if case.endswith("bfloat16") else "float32"
     if case != "standard" and not case.endswith("plain products") and bundle.model.device.type == "cpu":

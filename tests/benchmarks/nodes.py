@@ -200,8 +200,8 @@ def lose_one(data: Path, folder: Path, nodes: Sequence[Node], victim: int) -> di
     checkpoints = sorted(folder.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
     last = int(checkpoints[-1].name.rpartition("-")[2]) + 2
     alone = ["--resume_from_checkpoint=auto", f"--max_steps={last}", "--save_steps=2", "--eval_strategy=no"]
-    said = ended(start(nodes[:1], arguments(data, folder, 1, *alone)))[0]
-    went_on = next(line for line in said.splitlines() if "going on from" in line).rpartition("checkpoint-")[2]
+    alone_said = ended(start(nodes[:1], arguments(data, folder, 1, *alone)))[0]
+    went_on = next(line for line in alone_said.splitlines() if "going on from" in line).rpartition("checkpoint-")[2]
     updates = json.loads((folder / "results.json").read_text())["step"]
     shutil.rmtree(folder)
     return {

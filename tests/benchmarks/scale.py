@@ -115,9 +115,9 @@ def lay_out(root: Path, files: list[Path], captions: list[str], share: float) ->
     for part, (all_images, all_captions) in FULL.items():
         (root / part).mkdir()
         number, count = round(all_images * share), round(all_captions * share)
+        ids = [2 * position + (part == "val2014") for position in range(number)]
         images, annotations = [], []
-        for position in range(number):
-            image_id = 2 * position + (part == "val2014")
+        for position, image_id in enumerate(ids):
             name = f"COCO_{part}_{image_id:012d}.jpg"
             (root / part / name).hardlink_to(files[position % len(files)])
             images.append(
@@ -133,7 +133,7 @@ def lay_out(root: Path, files: list[Path], captions: list[str], share: float) ->
                 }
             )
         for position in range(count):
-            image_id = images[position % number]["id"]
+            image_id = ids[position % number]
             annotations.append({"image_id": image_id, "id": position, "caption": rng.choice(captions)})
         content = {"info": {}, "images": images, "licenses": [], "annotations": annotations}
         (root / "annotations" / f"captions_{part}.json").write_text(json.dumps(content))
@@ -178,7 +178,7 @@ def lay_out_tars(root: Path, files: list[Path], captions: list[str], share: floa
                     member = tarfile.TarInfo(f"{position:09d}.{ending}")
                     member.size = len(content)
                     tar.addfile(member, io.BytesIO(content))
-            tar.members = []
+            tar.members = []  # type: ignore[attr-defined]  # it would keep every header in memory
     return [(number, number)]
 
 

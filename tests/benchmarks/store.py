@@ -74,7 +74,10 @@ def main() -> None:
         seen = features[args.split]
         return lambda rows: way(torch.from_numpy(np.stack([seen[row] for row in rows])).float())
 
-    ways = {"the captioner alone": alone, "the store alone": store_alone}
+    ways: dict[str, Callable[[torch.Tensor], list[str]]] = {
+        "the captioner alone": alone,
+        "the store alone": store_alone,
+    }
     ways |= {f"--store_weight {weight:g}": with_store(weight) for weight in args.weights}
     said = compared([(name, of(way)) for name, way in ways.items()], rows, references)
     pairs = zip(said["the captioner alone"], said[f"--store_weight {args.weights[0]:g}"], strict=True)

@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 
 def main() -> None:
@@ -31,7 +32,7 @@ def evaluate(predictions: list[str], references: list[list[str]]) -> dict:
     begin = time.perf_counter()
     tokenize = PTBTokenizer().tokenize
     targets = tokenize({i: [{"caption": c} for c in captions] for i, captions in enumerate(references)})
-    result = {"references": [targets.get(i, []) for i in range(len(references))]}
+    result: dict[str, Any] = {"references": [targets.get(i, []) for i in range(len(references))]}
     if predictions:
         hypotheses = tokenize({i: [{"caption": caption}] for i, caption in enumerate(predictions)})
         bleu, bleus = Bleu(4).compute_score(targets, hypotheses, verbose=0)
