@@ -181,7 +181,7 @@ def open_store(args: Arguments, bundle: Bundle) -> Store | None:
         parts.refuse_small_images(of_data, bundle.image_processor, str(folder), args.model_path, args.model_path)
         cache = FeatureCache(bundle, folder / ".features", args.batch_size, cli.note, precision)
         features = cache.features(CaptionDataset(train, bundle.pixels), "train")
-        vectors += [neighbours.vectors_of(part, bundle.model.encoder) for part in features.parts]
+        vectors += [neighbours.vectors_of(block.whole(), bundle.model.encoder) for block in features.parts]
         captions += train.captions
     cli.note(f"store: {len(captions):,} images with {sum(map(len, captions)):,} captions")
     weight = WEIGHT if args.store_weight is None else args.store_weight

@@ -16,6 +16,7 @@ import bisect
 import hashlib
 import itertools
 import json
+import os
 import shutil
 import time
 from collections.abc import Callable, Sequence
@@ -44,7 +45,7 @@ class Joined:
     """The features of several parts as if they were one array; they stay where they lie.
 
     Args:
-        parts: (images, tokens, hidden size) each, an array or another `Joined`.
+        parts: (images, tokens, hidden size) each: blocks, or others that were joined.
     """
 
     def __init__(self, parts: Sequence[Any]):
@@ -62,7 +63,10 @@ class Joined:
 
 @dataclass(frozen=True)
 class Block:
-    """The features of some images that follow each other.
+    """The features of some images that follow each other. A row is read from the file when it is asked for.
+
+    No file stays open or mapped: COCO 2014 has 480 blocks for each variant, and many systems let a process open 1,024
+    files, or 256.
 
     Attributes:
         path: of their file.
@@ -83,20 +87,33 @@ class Block:
         """Bytes of the numbers."""
         return DTYPE.itemsize * int(np.prod(self.shape, dtype=np.int64))
 
-    def features(self) -> np.ndarray | None:
-        """Mapped into memory; None where there is no file of such features, or only a link."""
+    def is_there(self) -> bool:
+        """Whether there is a file of such features, and not only a link."""
         try:
             check_target(self.path)
             with self.path.open("rb") as file:
                 if np.lib.format.read_magic(file) != (1, 0):
-                    return None
+                    return False
                 found = np.lib.format.read_array_header_1_0(file)
-                begin = file.tell()
-                if found != (self.shape, False, DTYPE) or self.path.stat().st_size != begin + self.size:
-                    return None
-                return np.memmap(file, DTYPE, "r", begin, self.shape)
+                size = file.tell() + self.size
+                return found == (self.shape, False, DTYPE) and self.path.stat().st_size == size
         except (OSError, ValueError, EOFError, InputError):
-            return None
+            return False
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        """(tokens, hidden size) of one image."""
+        shape = self.shape[1:]
+        count = int(np.prod(shape))
+        with self.path.open("rb") as file:
+            file.seek(DTYPE.itemsize * row * count - self.size, os.SEEK_END)
+            return np.fromfile(file, DTYPE, count).reshape(shape)
+
+    def whole(self) -> np.ndarray:
+        """(images, tokens, hidden size), mapped into memory as long as the array lives."""
+        return np.memmap(self.path, DTYPE, "r", self.path.stat().st_size - self.size, self.shape)
 
 
 @dataclass(frozen=True)
@@ -132,7 +149,7 @@ class FeatureCache:
             variant: which augmentation of the images; 0: as they are.
 
         Returns:
-            float16 (images, tokens, hidden size), memory-mapped.
+            float16 (images, tokens, hidden size), read from the disk.
 
         Raises:
             InputError: the disk has no room for it.
@@ -140,19 +157,19 @@ class FeatureCache:
         name = f"{split}-{self.fingerprint(dataset, variant)}"
         shape = self.encode([dataset.image(0, variant)]).shape[1:]
         whole = Block(self.folder / f"{name}.npy", 0, (len(dataset), *shape))
-        if (kept := whole.features()) is not None:  # of an earlier version
+        if whole.is_there():  # of an earlier version
             self.say(f"features: {split} from {whole.path}")
-            return Joined([kept])
+            return Joined([whole])
         blocks = [
             Block(self.folder / f"{name}.{number:06d}.npy", start, (min(BLOCK, len(dataset) - start), *shape))
             for number, start in enumerate(range(0, len(dataset), BLOCK))
         ]
-        missing = [block for block in blocks if block.features() is None]
+        missing = [block for block in blocks if not block.is_there()]
         if missing:
             self._compute(dataset, name, variant, missing)
         else:
             self.say(f"features: {split} from {self.folder / name}")
-        return Joined([_whole(block) for block in blocks])
+        return Joined(blocks)
 
     def fingerprint(self, dataset: CaptionDataset, variant: int = 0) -> str:
         """Twenty hexadecimal digits that change whenever the features would."""
@@ -209,7 +226,7 @@ class FeatureCache:
                 waiting = []
                 for block in missing:
                     with lock(block.path.with_suffix(".lock"), wait=False) as mine:
-                        there = block.features() is not None  # another process has finished it
+                        there = block.is_there()  # another process has finished it
                         if mine and not there:
                             remove_leftovers(self.folder, block.path.name)
                             self._write(block, dataset, variant, pool, bar)
@@ -233,9 +250,3 @@ class FeatureCache:
             bar.update(len(batch))
         with replacing(block.path) as part, part.open("wb") as file:
             np.save(file, computed)
-
-
-def _whole(block: Block) -> np.ndarray:
-    features = block.features()
-    assert features is not None, "it was just written"
-    return features

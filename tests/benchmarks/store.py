@@ -50,7 +50,9 @@ def main() -> None:
     features = {
         name: cache.features(CaptionDataset(splits[name], bundle.pixels), name) for name in ("train", args.split)
     }
-    vectors = np.concatenate([neighbours.vectors_of(part, bundle.model.encoder) for part in features["train"].parts])
+    vectors = np.concatenate(
+        [neighbours.vectors_of(block.whole(), bundle.model.encoder) for block in features["train"].parts]
+    )
     rows = list(range(len(splits[args.split]))[slice(args.half, None, None if args.half is None else 2)])[: args.limit]
     references = {splits[args.split].image_id[row]: splits[args.split].captions_of(row) for row in rows}
 
