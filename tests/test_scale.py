@@ -4,6 +4,7 @@
 memory that does not depend on their number.
 """
 
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -53,3 +54,48 @@ def test_memory_stays_under_the_bound_at_full_size():
     full = large + (large - small) / (counts[1] - counts[0]) * (FULL - counts[1])
     print(f"{small:.0f} MB, {large:.0f} MB, {full:.0f} MB expected at full size")
     assert full < 1500
+
+
+TRAINING = """
+import sys, threading, time
+from pathlib import Path
+import train
+
+most = 0
+
+def watch():
+    global most
+    while True:
+        most = max(most, int(Path("/proc/self/smaps_rollup").read_text().partition("Anonymous:")[2].split()[0]))
+        time.sleep(0.1)
+
+threading.Thread(target=watch, daemon=True).start()
+train.main(sys.argv[1:])
+print(most)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux's /proc")
+def test_a_training_on_cached_features_needs_no_more_memory_for_more_images(prepared, tmp_path):
+    """In float32, where oneDNN keeps no kernel for each length of a row."""
+    from datasets import load_from_disk
+
+    splits = load_from_disk(str(prepared))
+    peaks = []
+    for images in (150, 1500):
+        data, run = tmp_path / f"data-{images}", tmp_path / f"run-{images}"
+        splits["train"] = load_from_disk(str(prepared))["train"].select(range(images))
+        splits.save_to_disk(str(data))
+        for file in prepared.glob("*.json"):
+            if not (data / file.name).exists():
+                shutil.copy(file, data)
+        flags = [f"--data_path={data}", f"--output_dir={run}", "--freeze_encoder", "--cache_features", "--use_cpu"]
+        flags += ["--bf16=False", "--max_steps=90", "--eval_strategy=no", "--save_strategy=no"]
+        flags += ["--load_best_model_at_end=False", "--dataloader_num_workers=0"]
+        command = [sys.executable, "-c", TRAINING, *flags]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=600)
+        assert done.returncode == 0, done.stderr
+        peaks.append(int(done.stdout.splitlines()[-1]) / 1000)
+    print(f"{peaks[0]:.0f} MB with 150 images, {peaks[1]:.0f} MB with 1,500")
+    assert peaks[1] < peaks[0] + 60 < 2000
