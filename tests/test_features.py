@@ -188,7 +188,13 @@ def test_processes_share_the_blocks_and_one_that_dies_is_replaced(bundle_and_dat
         return encode(self, images)
 
     monkeypatch.setattr(features.FeatureCache, "encode", slow)
-    found = {}
+    found, shown = {}, dict.fromkeys(made, 0)
+
+    class Bar(contextlib.nullcontext):
+        def update(self, images):
+            shown[threading.current_thread().name] += images
+
+    monkeypatch.setattr(features.cli, "bar", lambda initial, **_: Bar(Bar()))
 
     def work(name):
         with contextlib.suppress(KeyboardInterrupt):
@@ -204,6 +210,7 @@ def test_processes_share_the_blocks_and_one_that_dies_is_replaced(bundle_and_dat
         thread.join()
     assert np.array_equal(found["first"], alone) and np.array_equal(found["second"], alone)
     assert sorted(made["first"] + made["second"]) == [1, 4, 4, 4, 4, 4], "21 images, each of them once"
+    assert shown["first"] == shown["second"] == 21, "a bar counts the images of others too"
     for ours, theirs in zip(
         sorted((tmp_path / "shared").iterdir()), sorted((tmp_path / "alone").iterdir()), strict=True
     ):

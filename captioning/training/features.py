@@ -223,8 +223,9 @@ class FeatureCache:
             ) as bar,
         ):
             while missing:
-                waiting = []
+                waiting: list[Block] = []
                 for block in missing:
+                    waiting = _still_missing(waiting, bar)
                     with lock(block.path.with_suffix(".lock"), wait=False) as mine:
                         there = block.is_there()  # another process has finished it
                         if mine and not there:
@@ -234,7 +235,7 @@ class FeatureCache:
                             bar.update(block.shape[0])
                         else:
                             waiting.append(block)
-                missing = waiting
+                missing = _still_missing(waiting, bar)
                 if missing:
                     time.sleep(LOOK_AGAIN)
 
@@ -250,3 +251,14 @@ class FeatureCache:
             bar.update(len(batch))
         with replacing(block.path) as part, part.open("wb") as file:
             np.save(file, computed)
+
+
+def _still_missing(blocks: Sequence[Block], bar: Any) -> list[Block]:
+    """Those that other processes are still computing; the bar counts the others."""
+    missing = []
+    for block in blocks:
+        if block.is_there():
+            bar.update(block.shape[0])
+        else:
+            missing.append(block)
+    return missing
