@@ -231,9 +231,9 @@ def test_cider_d_by_hand():
 
 def test_the_reward_is_cider_d_with_the_document_frequencies_of_all_training_images(monkeypatch):
     references = {
-        1: ["A dog runs.", "The brown dog is running fast."],
-        2: ["Two cats sleep on a red sofa.", "Cats on a sofa."],
-        3: ["A man rides a horse.", "A man on a brown horse."],
+        1: ["A dog runs", "The brown dog is running fast"],
+        2: ["Two cats sleep on a red sofa", "Cats on a sofa"],
+        3: ["A man rides a horse", "A man on a brown horse"],
     }
     candidates = {1: "a dog is running", 2: "two cats on a sofa", 3: "a brown horse"}
     monkeypatch.setattr("captioning.scores.reward.END", "")
@@ -255,6 +255,44 @@ def test_a_caption_that_stops_in_mid_sentence_earns_less():
     )
     assert whole > max(cut, unfinished)
     assert whole == pytest.approx(10)
+
+
+@pytest.mark.parametrize(
+    ("references", "right", "wrong"),
+    [
+        (
+            ["A man with a hat .", "A dog on a sofa .", "A cat ."],
+            "a man with a hat .",
+            [
+                "a man with a hat . .",
+                "a man with a hat . . . . . . .",
+                "a man , with , a hat .",
+                'a man with a " hat .',
+            ],
+        ),
+        (
+            ["Человек в шляпе.", "Собака на диване.", "Кот."],
+            "человек в шляпе.",
+            ["человек в шляпе. .", "человек в шляпе!!!", "человек, в шляпе."],
+        ),
+        (
+            ["一只黑狗在雪地里奔跑。", "两个男人正在爬山。", "红色的圆。"],
+            "一只黑狗在雪地里奔跑。",
+            ["一只黑狗在雪地里奔跑。。", "一只黑狗在雪地里奔跑。。。。。。。", "一只黑狗,在雪地里奔跑。"],
+        ),
+        (
+            ["a man with a hat", "a dog on a sofa", "a cat"],
+            "a man with a hat",
+            ["a man with a hat .", "a man with a hat !"],
+        ),
+    ],
+)
+def test_marks_that_nobody_wrote_earn_less(references, right, wrong):
+    """The evaluation drops them. A reward that did too would let captions grow into "a man with a hat . . . . ."."""
+    reward = CiderReward(dict(enumerate([caption] for caption in references)))
+    most, *others = reward([0] * (1 + len(wrong)), [right, *wrong], [True] * (1 + len(wrong)))
+    assert most == pytest.approx(10)
+    assert max(others) < 9.5
 
 
 # ---- other languages

@@ -18,14 +18,17 @@ class CiderReward:
     ("a man with a") then earns less than one that ends as people end. Without it, training on CIDEr-D favours such
     bad endings.
 
+    Punctuation marks are words here, which the evaluation drops: what costs nothing is not held back, and captions grow
+    into "two children are playing . . . . .".
+
     Args:
         references: {image id: its captions}, of the images of the training split.
     """
 
     def __init__(self, references: Mapping[int, Sequence[str]]):
         every = [caption for captions in references.values() for caption in captions]
-        self._words = choose(every)  # as in the evaluation
-        tokenized = iter(self._words.tokenize(every))
+        self._tokenize = choose(every).with_marks
+        tokenized = iter(self._tokenize(every))
         self._references = {i: [next(tokenized) + END for _ in captions] for i, captions in references.items()}
         self._idf = InverseDocumentFrequencies(*document_frequencies(map(_counted, self._references.values())))
 
@@ -39,7 +42,7 @@ class CiderReward:
         Returns:
             CIDEr-D of each caption, 0 to 10.
         """
-        texts = [text + END * end for text, end in zip(self._words.tokenize(captions), ended, strict=True)]
+        texts = [text + END * end for text, end in zip(self._tokenize(captions), ended, strict=True)]
         references = {i: _counted(self._references[i]) for i in set(image_ids)}
         return cider_d(_counted(texts), [references[i] for i in image_ids], self._idf)
 
