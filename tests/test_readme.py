@@ -17,8 +17,9 @@ PAGES = [
 ]
 RECIPES = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests/benchmarks/recipes").glob("*.sh"))
 SHARED = "tests/benchmarks/recipes/prepare.bash"  # what the recipes share
-OF_OTHERS = {"--multi_gpu", "--num_processes", "--cpu", "--use_fsdp"}  # accelerate
+OF_OTHERS = {"--multi_gpu", "--num_processes", "--cpu", "--use_fsdp", "--use_deepspeed"}  # accelerate
 OF_OTHERS |= {"--nnodes", "--node_rank", "--nproc_per_node", "--master_addr", "--master_port"}  # torchrun
+OF_OTHERS |= {"--num_gpus"}  # deepspeed
 OF_OTHERS |= {"--check", "--ignore-scripts"}  # ruff, npm
 FLAG = re.compile(r"(?<![\w-])--[a-z][\w-]*")
 
