@@ -134,8 +134,7 @@ def load_model(args: Arguments) -> Bundle:
         from captioning.model import captioner, ensemble, parts
 
         parts.quiet_transformers()
-        flags = ["--model_path"] + ["--ensemble"] * (len(names) - 1)
-        bundles = [captioner.load(name, flag) for name, flag in zip(names, flags, strict=True)]
+        bundles = [captioner.load(name, "--ensemble" if n else "--model_path") for n, name in enumerate(names)]
     bundle = ensemble.join(bundles, names) if args.ensemble else bundles[0]
     bundle.to(device_of(args))
     for name in ("num_beams", "max_new_tokens"):

@@ -100,11 +100,15 @@ def prepared(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def few(prepared, tmp_path_factory) -> Path:
     """24 training images, 4 for validation and 4 for the test of `prepared`: a training of seconds."""
+    return first_images(prepared, tmp_path_factory.mktemp("few") / "processed_data", train=24, validation=4, test=4)
+
+
+def first_images(prepared: Path, folder: Path, **counts: int) -> Path:
+    """A copy of a prepared folder with only so many images of some splits."""
     from datasets import load_from_disk
 
-    folder = tmp_path_factory.mktemp("few") / "processed_data"
     splits = load_from_disk(str(prepared))
-    for split, count in (("train", 24), ("validation", 4), ("test", 4)):
+    for split, count in counts.items():
         splits[split] = splits[split].select(range(count))
     splits.save_to_disk(str(folder))
     for file in prepared.iterdir():

@@ -4,13 +4,12 @@
 memory that does not depend on their number.
 """
 
-import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT
+from conftest import ROOT, first_images
 
 FULL = 82_783 + 40_504
 RUN = """
@@ -79,17 +78,9 @@ print(most)
 @pytest.mark.skipif(not Path("/proc/self/smaps_rollup").exists(), reason="memory is read from Linux's /proc")
 def test_a_training_on_cached_features_needs_no_more_memory_for_more_images(prepared, tmp_path):
     """In float32, where oneDNN keeps no kernel for each length of a row."""
-    from datasets import load_from_disk
-
-    splits = load_from_disk(str(prepared))
     peaks = []
     for images in (150, 1500):
-        data, run = tmp_path / f"data-{images}", tmp_path / f"run-{images}"
-        splits["train"] = load_from_disk(str(prepared))["train"].select(range(images))
-        splits.save_to_disk(str(data))
-        for file in prepared.glob("*.json"):
-            if not (data / file.name).exists():
-                shutil.copy(file, data)
+        data, run = first_images(prepared, tmp_path / f"data-{images}", train=images), tmp_path / f"run-{images}"
         flags = [f"--data_path={data}", f"--output_dir={run}", "--freeze_encoder", "--cache_features", "--use_cpu"]
         flags += ["--bf16=False", "--max_steps=90", "--eval_strategy=no", "--save_strategy=no"]
         flags += ["--load_best_model_at_end=False", "--dataloader_num_workers=0"]

@@ -75,8 +75,6 @@ def _tokenize_with_marks(captions: Iterable[str]) -> list[str]:
 
 
 _ptb_with_marks = functools.partial(ptb.tokenize, punctuation=True)
-
-
 _COCO = "BLEU-1..4, ROUGE-L and CIDEr-D as in the official COCO caption evaluation"
 
 ENGLISH = Words(

@@ -16,6 +16,7 @@ import bisect
 import hashlib
 import itertools
 import json
+import math
 import os
 import shutil
 import time
@@ -85,7 +86,7 @@ class Block:
     @property
     def size(self) -> int:
         """Bytes of the numbers."""
-        return DTYPE.itemsize * int(np.prod(self.shape, dtype=np.int64))
+        return DTYPE.itemsize * math.prod(self.shape)
 
     def is_there(self) -> bool:
         """Whether there is a file of such features, and not only a link."""
@@ -106,10 +107,9 @@ class Block:
     def __getitem__(self, row: int) -> np.ndarray:
         """(tokens, hidden size) of one image."""
         shape = self.shape[1:]
-        count = int(np.prod(shape))
         with self.path.open("rb") as file:
-            file.seek(DTYPE.itemsize * row * count - self.size, os.SEEK_END)
-            return np.fromfile(file, DTYPE, count).reshape(shape)
+            file.seek(row * self.size // len(self) - self.size, os.SEEK_END)
+            return np.fromfile(file, DTYPE, math.prod(shape)).reshape(shape)
 
     def whole(self) -> np.ndarray:
         """(images, tokens, hidden size), mapped into memory as long as the array lives."""
@@ -227,13 +227,10 @@ class FeatureCache:
                 for block in missing:
                     waiting = _still_missing(waiting, bar)
                     with lock(block.path.with_suffix(".lock"), wait=False) as mine:
-                        there = block.is_there()  # another process has finished it
-                        if mine and not there:
+                        if mine and not block.is_there():
                             remove_leftovers(self.folder, block.path.name)
                             self._write(block, dataset, variant, pool, bar)
-                        elif there:
-                            bar.update(block.shape[0])
-                        else:
+                        else:  # another process is computing it, or has
                             waiting.append(block)
                 missing = _still_missing(waiting, bar)
                 if missing:
@@ -258,7 +255,7 @@ def _still_missing(blocks: Sequence[Block], bar: Any) -> list[Block]:
     missing = []
     for block in blocks:
         if block.is_there():
-            bar.update(block.shape[0])
+            bar.update(len(block))
         else:
             missing.append(block)
     return missing

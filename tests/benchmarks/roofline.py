@@ -26,6 +26,7 @@ from torch.utils.flop_counter import flop_registry
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import bench
 import precision
 
 from captioning.model.fast import multiplies_in_bfloat16
@@ -80,7 +81,7 @@ def alone(call: Callable[[], Any], least: float = 0.1) -> float:
 
 def measure(case: str, half: bool, updates: int) -> None:
     encoder, decoder, kind = precision.CASES[case]
-    recorder, step, times = Recorder(), CaptionTrainer.training_step, list[float]()
+    recorder, step = Recorder(), CaptionTrainer.training_step
 
     def recorded(trainer, *args, **kwargs):
         if trainer.state.global_step == RECORDED:
@@ -96,15 +97,13 @@ def measure(case: str, half: bool, updates: int) -> None:
         times = precision.seconds(encoder, decoder, kind, half, updates, 3000)
     update = statistics.median(times)
     products = recorder.seconds()
-    own, side = sum(products.values()), 2048
-    square = torch.randn(2, side, side, dtype=torch.bfloat16 if half else torch.float32)
-    best = 2 * side**3 / alone(lambda: square[0] @ square[1], 1)
+    own, best = sum(products.values()), 1e12 * bench.peak_rate(half)
     print(f"{case}, {'bfloat16' if half else 'float32'}, {torch.get_num_threads()} thread(s)")
     print(f"  an update            {update:7.3f} s   median of {len(times)}")
     print(f"  its products alone   {own:7.3f} s   {own / update:.0%} of it")
     for name, seconds in sorted(products.items(), key=lambda item: -item[1]):
         print(f"    {name:<45} {seconds:7.3f} s")
-    print(f"  {recorder.operations / 1e9:.1f} GFLOP of matrix products; a square of {side}: {best / 1e9:.0f} GFLOP/s")
+    print(f"  {recorder.operations / 1e9:.1f} GFLOP of matrix products; a large square: {best / 1e9:.0f} GFLOP/s")
     print(f"  of the square's rate: {recorder.operations / update / best:.0%}", flush=True)
 
 
