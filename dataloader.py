@@ -139,6 +139,7 @@ class Arguments:
             )
         if self.preview:
             check_target(self.preview, "--preview")
+        self._check_save_path()
         if (self.karpathy_json is None) != (self.image_dir is None) and not self.data:
             raise InputError("--karpathy_json and --image_dir belong together; give both")
         if sum((bool(self.data), self.coco_dir is not None, self.karpathy_json is not None, self.sample)) > 1:
@@ -150,6 +151,21 @@ class Arguments:
         scheme, _, host = self.coco_url.partition("://")
         if scheme.lower() not in ("http", "https") or not host:
             raise InputError(f"--coco_url {fetch.shown(self.coco_url)} is not an http or https address")
+
+    def _check_save_path(self) -> None:
+        """Refuse a folder that will be replaced with something in it that is read, or written besides."""
+        target = Path(os.path.realpath(self.save_path))
+        # What is not there is a data set's id on the hub.
+        named = {"--data": [Path(path) for path in self.data or () if os.path.lexists(path)]}
+        for name in ("coco_dir", "karpathy_json", "image_dir", "cache_dir", "preview"):
+            named[f"--{name}"] = [path.expanduser()] if (path := getattr(self, name)) else []
+        for name, paths in named.items():
+            for path in paths:
+                if Path(os.path.realpath(path)).is_relative_to(target):
+                    raise InputError(
+                        f"--save_path '{self.save_path}' is replaced as a whole, and {name} '{path}' lies in it; name "
+                        "another folder"
+                    )
 
     @property
     def part(self) -> tuple[int, int] | None:

@@ -121,6 +121,14 @@ def with_file(name: str, content: str = "x", *arguments) -> Make:
     return make
 
 
+def files(folder: Path, **contents: str) -> Path:
+    """A folder with files of these names and contents."""
+    folder.mkdir(parents=True)
+    for name, content in contents.items():
+        (folder / name).write_text(content)
+    return folder
+
+
 def tokenizer_without_end(folder):
     tokenizer = train_tokenizer(["a dog"], 300)
     tokenizer.eos_token = None
@@ -220,6 +228,34 @@ REFUSED: dict[str, Row] = {
         "dataloader",
         with_file("thesis/thesis.tex", "years of work", "--save_path={folder}/thesis"),
         r"--save_path '.*thesis' holds other files \(thesis\.tex\)",
+    ),
+    "a target that is somebody's data set": (
+        "dataloader",
+        lambda folder: prepare(
+            folder, f"--save_path={files(folder / 'flickr8k', **{'dataset.json': '{}', '1.jpg': 'x'})}"
+        ),
+        r"--save_path '.*flickr8k' holds other files \(1\.jpg\); name a new folder",
+    ),
+    "a target with more in it than was written": (
+        "dataloader",
+        lambda folder: prepare(
+            folder,
+            "--save_path="
+            f"{files(folder / 'out', **{'dataset.json': '{}', 'dataset_dict.json': '{}', 'thesis.tex': 'years'})}",
+        ),
+        r"--save_path '.*out' holds other files \(thesis\.tex\); move them elsewhere",
+    ),
+    "pictures in the target": (
+        "dataloader",
+        lambda folder: [f"--data={files(folder / 'out' / 'mine', a='x')}", f"--save_path={folder / 'out'}"],
+        "--save_path '.*out' is replaced as a whole, and --data '.*mine' lies in it",
+    ),
+    "a preview in the target": (
+        "dataloader",
+        lambda folder: prepare(
+            folder, f"--save_path={files(folder / 'out')}", f"--preview={folder / 'out' / 'sheet.png'}"
+        ),
+        "--save_path '.*out' is replaced as a whole, and --preview '.*png' lies in it",
     ),
     # COCO's folder
     "no COCO folder": (

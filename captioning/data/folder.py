@@ -42,6 +42,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 DESCRIPTION = "dataset.json"
+# What stands in a prepared folder, besides hidden files and the tokenizer's, whose names differ.
+WRITTEN = (DESCRIPTION, "dataset_dict.json", *SPLITS, "preprocessor_config.json", "sample")
+OF_TOKENIZERS = ("tokenizer", "special_tokens_map", "added_tokens", "vocab", "merges", "chat_template", "spiece")
 SHARD_SIZE = 500_000_000  # bytes of one Arrow file, about
 # What is used of a description, which may come from somebody else.
 COUNT = foreign.whole(0, 2**40)
@@ -100,15 +103,24 @@ def replaced(target: Path) -> Iterator[Path]:
 
 
 def _check(target: Path) -> None:
-    """Refuse to replace a folder that `dataloader.py` did not write."""
+    """Refuse to replace a folder that `dataloader.py` did not write, or one that holds more than it wrote."""
     if target.exists() and not target.is_dir():
         raise InputError(f"--save_path '{target}' is a file; name a folder")
-    if target.is_dir() and not (target / DESCRIPTION).is_file():
-        others = [entry.name for entry in target.iterdir() if not entry.name.startswith(".")]
-        if others:
-            raise InputError(
-                f"--save_path '{target}' holds other files ({others[0]}); name a new folder, or one made by this script"
-            )
+    if not target.is_dir():
+        return
+    names = sorted(entry.name for entry in target.iterdir() if not entry.name.startswith("."))
+    ours = {"dataset_dict.json", DESCRIPTION} <= set(names)  # others too call a file dataset.json
+    others = [name for name in names if not (ours and _is_ours(name))]
+    if others:
+        raise InputError(
+            f"--save_path '{target}' holds other files ({others[0]}); "
+            + ("move them elsewhere, or name a new folder" if ours else "name a new folder, or one made by this script")
+        )
+
+
+def _is_ours(name: str) -> bool:
+    """Whether an entry of a prepared folder has a name that `dataloader.py` writes."""
+    return name in WRITTEN or name.startswith(OF_TOKENIZERS)
 
 
 def _move_into_place(work: Path, target: Path, old: Path) -> None:
