@@ -1,5 +1,7 @@
 """`--data PATH`: every form of one set of images gives the same rows; what is not known is refused in one sentence."""
 
+import io
+import tarfile
 import unicodedata
 from collections import Counter
 
@@ -288,3 +290,72 @@ def test_a_tar_cut_short_gives_what_came_before(tmp_path, capsys):
     found = recognise(str(tmp_path), Wanted(), tmp_path, tmp_path)
     assert 20 < len(found.pools[""]) < 40
     assert "is cut short" in capsys.readouterr().err
+
+
+def coco_again(folder, **changes):
+    """COCO's form in which an image stands twice, the second time with these changes."""
+    own.images(folder, PICTURES)
+    rows = [{"id": p.number, "file_name": p.name} for p in PICTURES]
+    notes = [{"image_id": p.number, "caption": caption} for p in PICTURES for caption in p.captions]
+    own.as_json(folder / "captions.json", {"images": [*rows, rows[0] | changes], "annotations": notes})
+    return folder
+
+
+def test_an_image_that_coco_s_form_lists_twice_has_its_captions_once(tmp_path, expected):
+    found = prepared(tmp_path, coco_again(tmp_path / "mine"))
+    assert {name: row[2] for name, row in found.items()} == {name: row[2] for name, row in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"file_name": PICTURES[1].name}, "has two images with the id 0"),
+        ({"id": [1]}, "is not in COCO's captions format"),
+    ],
+)
+def test_an_id_of_two_images_is_refused(changes, message, tmp_path):
+    with pytest.raises(InputError, match=message):
+        prepared(tmp_path, coco_again(tmp_path / "mine", **changes))
+
+
+def test_what_macos_adds_to_a_tar_is_left_out(tmp_path, expected):
+    path = tmp_path / "mine.tar"
+    with tarfile.open(path, "w") as tar:
+        for p in PICTURES:
+            for name, data in ((p.name, p.data), (p.name[:-4] + ".txt", "\n".join(p.captions).encode())):
+                for member, content in ((f"._{name}", b"\0\5\26\7"), (name, data)):
+                    info = tarfile.TarInfo(member)
+                    info.size = len(content)
+                    tar.addfile(info, io.BytesIO(content))
+    found = prepared(tmp_path, path)
+    assert {name: row[2] for name, row in found.items()} == {name: row[2] for name, row in expected.items()}
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("empty.csv", ",,,\n,,,\n"), ("quotes.txt", '""\n'), ("number.json", "3"), ("true.json", "true")],
+)
+def test_odd_files_beside_a_table_are_no_tables(name, content, tmp_path, expected):
+    own.images(tmp_path, PICTURES)
+    own.rows(tmp_path / "captions.csv", ["file_name", "caption"], own.a_row_each(PICTURES))
+    (tmp_path / name).write_text(content)
+    found = prepared(tmp_path, tmp_path)
+    assert {name: row[2] for name, row in found.items()} == {name: row[2] for name, row in expected.items()}
+
+
+def test_an_address_that_is_none_or_odd_costs_one_image_at_most(tmp_path):
+    with Server({f"/a%00{p.name}": body(p.data) for p in PICTURES[:8]}) as server:
+        lines = [[server.url(f"/a%00{p.name}"), p.captions[0]] for p in PICTURES[:8]]
+        own.rows(tmp_path / "web.csv", ["url", "caption"], [*lines, ["http://[x/a.jpg", "a dog"]])
+        found = prepared(tmp_path, tmp_path / "web.csv", f"--cache_dir={tmp_path / 'cache'}", "--skip_missing")
+    assert sorted(found) == [f"a_{p.name}" for p in PICTURES[:8]]
+
+
+def test_file_names_may_be_any_bytes(tmp_path):
+    own.images(tmp_path / "mine", PICTURES[:6])
+    for p in PICTURES[:6]:
+        (tmp_path / "mine" / (p.name[:-4] + ".txt")).write_text(p.captions[0])
+    for ending in (".jpg", ".txt"):
+        (tmp_path / "mine" / (PICTURES[0].name[:-4] + ending)).rename(tmp_path / "mine" / f"caf\udce9{ending}")
+    found = prepared(tmp_path, tmp_path / "mine")
+    assert found["caf\\xe9.jpg"][2] == PICTURES[0].captions[:1] and len(found) == 6

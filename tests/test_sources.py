@@ -6,6 +6,7 @@ import os
 import random
 import sys
 import tarfile
+import tracemalloc
 import zipfile
 from pathlib import Path
 
@@ -236,6 +237,13 @@ def test_a_zip_that_is_more_than_it_says(tmp_path):
     path = make_zip(tmp_path / "bomb.zip", {"a.jpg": bytes(60_000_000)}, compression=zipfile.ZIP_DEFLATED)
     with pytest.raises(InputError, match="more than 50,000,000 bytes"):
         expand([str(path)])[0].read()
+    for unlimited in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA):  # 200 bytes of bzip2 may be gigabytes
+        path = make_zip(tmp_path / f"bomb{unlimited}.zip", {"a.jpg": bytes(60_000_000)}, compression=unlimited)
+        tracemalloc.start()
+        with pytest.raises(InputError, match=r"it is not packed by deflate, as usual; unpack the archive"):
+            expand([str(path)])[0].read()
+        assert tracemalloc.get_traced_memory()[1] < 10_000_000
+        tracemalloc.stop()
     path = make_zip(tmp_path / "damaged.zip", {"a.jpg": jpeg() * 20}, compression=zipfile.ZIP_DEFLATED)
     data = bytearray(path.read_bytes())
     data[60:90] = bytes(30)

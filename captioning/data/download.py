@@ -319,6 +319,8 @@ def _unpack(file: BinaryIO, address: str, cache_dir: Path, wanted: Sequence[str]
             for member in members:
                 if member.file_size > MAX_ANNOTATIONS:
                     raise zipfile.BadZipFile(f"{member.filename} would take {member.file_size:,} bytes")
+                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # no limit unpacks others
+                    raise zipfile.BadZipFile(f"{member.filename} is packed in another way than COCO packs it")
                 with (
                     replacing(cache_dir / member.filename) as part,
                     archive.open(member) as packed,

@@ -210,7 +210,10 @@ def coco(path: Path, content: dict[str, Any], finder: Finder) -> Iterator[Item]:
         for note in content["annotations"]:
             own = captions.setdefault(note["image_id"], [])
             own += captions_of(note["caption"] if "caption" in note else note["captions"])
-        names = [(image["id"], image["file_name"], image) for image in content["images"]]
+        images: dict[Any, dict[str, Any]] = {}
+        for image in content["images"]:
+            if images.setdefault(image["id"], image)["file_name"] != image["file_name"]:
+                raise InputError(f"'{path}' has two images with the id {image['id']}; correct it")
     except (KeyError, TypeError, AttributeError) as error:
         raise InputError(
             f"'{path}' is not in COCO's captions format ({error} is missing or malformed); "
@@ -219,14 +222,15 @@ def coco(path: Path, content: dict[str, Any], finder: Finder) -> Iterator[Item]:
     split = split_of_name(path.stem) or ""
     hint = next((word for word in path.stem.split("_") if split_of_name(word)), "")
     # Either the images are here, or they are fetched; one that is missing among others is missing.
-    here = any(finder.find(str(name), hint) for _, name, _ in names[:100])
-    for image_id, name, image in names:
-        sides = image.get("width"), image.get("height")
+    here = any(finder.find(str(image["file_name"]), hint) for image in itertools.islice(images.values(), 100))
+    for image_id, image in images.items():
+        sides: Any = image.get("width"), image.get("height")
         known = all(type(side) is int and side > 0 for side in sides)
         url = None if here else image.get("coco_url") or image.get("url")
+        url = url if isinstance(url, str) else None
         size = sides if known else None
         own = captions.get(image_id, [])
-        yield Item(str(name), own, split, as_id(image_id), hint=hint, url=url, size=size)
+        yield Item(str(image["file_name"]), own, split, as_id(image_id), hint=hint, url=url, size=size)
 
 
 # ---- tars
@@ -249,6 +253,8 @@ def webdataset(tars: list[Path], root: Path) -> Iterator[Item]:
                     if not member.isfile():
                         continue
                     folder, _, name = member.name.rpartition("/")
+                    if name.startswith(".") or "__MACOSX" in folder:  # macOS keeps its own notes beside each file
+                        continue
                     stem, _, ending = name.partition(".")
                     if f"{folder}/{stem}" != key:
                         yield from _sample(path, split, files)

@@ -167,6 +167,11 @@ def read_predictions(files: Sequence[Path], references: References, subset: bool
             key = image_id if image_id in references.captions else None
             if key is None:
                 key = by_name.find(path or (image_id if isinstance(image_id, str) else ""), file)
+            elif path and by_name.is_of_another(path, key):
+                raise InputError(
+                    f"--predictions '{file}': the image with the id {image_id} is '{path}' there and "
+                    f"'{references.names[key]}' in the references; they are captions of other data"
+                )
             if caption is None:
                 found.failed += 1
             elif key in found.captions or (key is None and (image_id or path) in found.others):
@@ -220,6 +225,10 @@ class _Names:
     @staticmethod
     def _add(table: dict[str, Key | None], name: str, key: Key) -> None:
         table[name] = key if name not in table else None
+
+    def is_of_another(self, path: str, key: Key) -> bool:
+        """Whether a path is the whole name of an image, and of another one than `key`."""
+        return self._exact.get(path.replace("\\", "/"), key) not in (key, None)
 
     def find(self, path: str, file: Path) -> Key | None:
         """The id; None: there is no such image.

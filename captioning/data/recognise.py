@@ -32,7 +32,7 @@ from captioning.data.forms import Item
 from captioning.data.images import SUFFIXES
 from captioning.data.records import Record
 from captioning.data.tables import Columns, Table, Wanted
-from captioning.files import read_json
+from captioning.files import read_json, utf8
 
 TABLES = (".csv", ".tsv", ".txt", ".token", ".tab", ".json", ".jsonl", ".ndjson", ".parquet", ".arrow")
 NO_CAPTIONS = ("instances_", "person_keypoints_", "image_info_", "stuff_", "panoptic_", "read", "licen", "requirements")
@@ -356,7 +356,7 @@ def _collect(items: Iterator[Item], finder: Finder, cache_dir: Path) -> dict[str
         item = found.pop(key)
         name, location = item.name.replace("\\", "/"), item.location
         if item.url:
-            file = unquote(urlsplit(item.url).path).rsplit("/", 1)[-1]
+            file = _file_in(item.url)
             name = name if name != item.url else file or shown(item.url)
             location = str(cache_dir / "fetched" / f"{hashlib.sha256(item.url.encode()).hexdigest()[:20]}-{file[-60:]}")
         record = Record(
@@ -374,9 +374,19 @@ def _collect(items: Iterator[Item], finder: Finder, cache_dir: Path) -> dict[str
     return pools
 
 
+def _file_in(url: str) -> str:
+    """The file name at the end of an address, without what a disk may not take; a malformed address has none."""
+    try:
+        file = unquote(urlsplit(url).path).rsplit("/", 1)[-1]
+    except ValueError:
+        return ""
+    return re.sub(r"[^\w. ()+,=@~%-]", "_", file)
+
+
 def _short(name: str) -> str:
-    """A file name without the folders of a whole disk before it."""
-    return name.rsplit("/", 1)[-1] if name.startswith("/") or re.match(r"[A-Za-z]:/", name) else name
+    """A file name without the folders of a whole disk before it, as text that is UTF-8, whatever the disk holds."""
+    name = name.rsplit("/", 1)[-1] if name.startswith("/") or re.match(r"[A-Za-z]:/", name) else name
+    return utf8(name)
 
 
 def join(found: list[Found]) -> dict[str, list[Record]]:

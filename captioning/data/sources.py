@@ -14,7 +14,6 @@ from __future__ import annotations
 import functools
 import glob
 import io
-import lzma
 import os
 import struct
 import sys
@@ -35,6 +34,7 @@ from captioning import InputError, cli
 from captioning.data import images, packed
 from captioning.data.fetch import MAX_BYTES
 from captioning.data.images import SUFFIXES, ImageError
+from captioning.files import utf8
 
 TARS = (".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz")
 ARCHIVES = (".zip", *TARS)
@@ -72,7 +72,7 @@ class Source:
     def name(self) -> str:
         """As it is printed and written: text that is UTF-8, whatever the file's name is."""
         name = f"{self.path}/{self.inner}" if self.inner else self.path
-        return os.fsencode(name).decode("utf-8", "backslashreplace")
+        return utf8(name)
 
     @property
     def is_file(self) -> bool:
@@ -268,12 +268,15 @@ def _size_of_list(file: io.BufferedReader) -> int:
 def _read_in_zip(path: str, info: zipfile.ZipInfo, name: str) -> bytes:
     if info.flag_bits & 1:
         raise ImageError(name, "it is encrypted", "unpack the archive with its password")
+    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
+        # Of bzip2 and LZMA, zipfile unpacks all that it has read at once: a few bytes may become gigabytes.
+        raise ImageError(name, "it is not packed by deflate, as usual", "unpack the archive, and name the folder")
     try:
         with _zip(path).open(info) as file:
             data = file.read(MAX_BYTES + 1)  # whatever size the archive names
     except (zipfile.BadZipFile, NotImplementedError, RuntimeError, OSError) as error:
         raise ImageError(name, f"the archive is damaged there ({error})", "get it again") from None
-    except (zlib.error, lzma.LZMAError, EOFError, ValueError, struct.error) as error:
+    except (zlib.error, EOFError, ValueError, struct.error) as error:
         raise ImageError(name, f"the archive is damaged there ({error})", "get it again") from None
     if len(data) > MAX_BYTES:
         raise ImageError(name, f"more than {MAX_BYTES:,} bytes", "make the image smaller")

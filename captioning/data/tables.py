@@ -157,6 +157,8 @@ def _is_quoted(text: str, delimiter: str) -> bool:
 
 def _header(lines: list[list[str]]) -> tuple[list[str], bool] | None:
     """The names of the columns, and whether the first line holds them; None: these lines are no table of images."""
+    if not lines:
+        return None
     first = [cell.strip() for cell in lines[0]]
     lowered = [name.lower() for name in first]
     has_header = not any(map(_is_image_name, first)) and len(set(lowered)) == len(lowered)
@@ -250,7 +252,7 @@ def read_json_table(path: Path, content: Any = None) -> Table | None:
                 content = [{"file_name": name, "captions": own} for name, own in content.items()]
             else:
                 return None
-    if not content or not all(isinstance(row, dict) for row in content):
+    if not isinstance(content, list) or not content or not all(isinstance(row, dict) for row in content):
         return None
     names = dict.fromkeys(name for row in content[:SAMPLE] for name in row)
     return Table(path, list(names), lambda: content)
