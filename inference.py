@@ -233,13 +233,18 @@ def _best_device(torch) -> str:
 
 def caption_images(args: Arguments) -> int:
     """Caption `--image_path`; returns the exit code."""
-    sources = part_of(expand(args.image_path or [], args.recursive), args.part)
+    every = expand(args.image_path or [], args.recursive)
+    if not every:
+        raise InputError(f"--image_path {' '.join(args.image_path or [])} names no image; name a file or a folder")
+    sources = part_of(every, args.part)
+    if not sources:
+        cli.note(f"part {args.shard} is empty: there are {len(every):,} images")
     if args.explain and len(sources) > 1:
         raise InputError(f"--explain draws one image, and --image_path names {len(sources):,}; give one of them")
-    if not any(source.is_there() for source in sources):
+    if sources and not any(source.is_there() for source in sources):
         sources[0].read()  # nothing to caption at all: say so before the model is loaded
     calibration = load_calibration(args)
-    with open_outputs(args, sources, calibration is not None) as out:
+    with open_outputs(args, every, calibration is not None) as out:
         left = [source for source in sources if not out.has(source)]
         if len(left) < len(sources):
             cli.note(f"{len(sources) - len(left):,} of {len(sources):,} images are in {out} already, and are skipped")
@@ -258,6 +263,7 @@ def open_outputs(args: Arguments, sources: Sequence[Source], sure: bool) -> outp
     """Where the captions go; none, if they go to stdout.
 
     Args:
+        sources: all that `--image_path` names, whichever part of them is captioned.
         sure: each has a confidence.
     """
     mode: outputs.Mode = "overwrite" if args.overwrite else "append" if args.append else "continue"
@@ -426,9 +432,10 @@ def score(args: Arguments) -> int:
         predictions, settings, judged = caption_split(split, args)
         folder = Path(args.model_path) if Path(args.model_path).is_dir() else Path()
         file = args.output or folder / f"scored_{args.split}_predictions.json"
-        write_json(file, split.results(predictions))
+        write_predictions(file, split.results(predictions), args)
         cli.note(f"captions written to {file}")
-        target = file.with_name(f"scored_{args.split}_per_image.json")
+        stem = file.stem.removesuffix("_predictions")
+        target, table = file.with_name(f"{stem}_per_image.json"), file.with_name(f"{stem}_results.json")
     captions = {image_id: references.captions[image_id] for image_id in predictions}
     found = metrics.evaluate(predictions, captions, more=more_scores(references.source))
     if split is None:
@@ -460,7 +467,7 @@ def score(args: Arguments) -> int:
         told: dict[str, Any] = {"protocol": protocol, "interval": bootstrap.PROTOCOL, "split": args.split}
         told |= {"data": references.source, "decoding": settings}
         told |= scores | ({"confidence": reliability} if reliability else {})
-        write_json(target.with_name(f"scored_{args.split}_results.json"), told)
+        write_json(table, told)
     where = "" if args.annotations else f"{args.split} split, "
     cli.note(f"{where}{len(captions):,} images, {references.source}{references.parts}; {protocol}")
     cli.note(f"in brackets: {bootstrap.PROTOCOL}; signature: {found.signature}")
@@ -533,18 +540,24 @@ def captions_of(path: str, split: Split, references: References, args: Arguments
 
     if Path(path).is_file():
         return read_predictions([Path(path)], references).captions
-    for name in (f"predictions_{args.split}.json", f"scored_{args.split}_predictions.json"):
-        file = Path(path) / name
-        if file.is_file():
+    of_run = replace(args, compare=None, output=None, model_path=path)
+    trained, scored = Path(path, f"predictions_{args.split}.json"), Path(path, f"scored_{args.split}_predictions.json")
+    for file in (trained, scored):
+        # Of the first `train.py` takes care. The second may be of earlier weights, or of captions as somebody asked.
+        if file.is_file() and (file == trained or outputs.was_made_with(file, of_run.scored_with())):
             try:
                 captions = read_predictions([file], references).captions
             except InputError:
                 continue  # captions of other data: the model was trained elsewhere
-            cli.note(f"{path}: captions of {name}")
+            cli.note(f"{path}: captions of {file.name}")
             return captions
-    cli.note(f"{path}: has no captions of this split; its model writes them")
-    captions, *_ = caption_split(split, replace(args, compare=None, output=None, model_path=path))
-    write_json(Path(path) / f"scored_{args.split}_predictions.json", split.results(captions))
+    why = f"{scored.name} was made otherwise" if scored.is_file() else "has no captions of this split"
+    cli.note(f"{path}: {why}; its model writes them")
+    captions, *_ = caption_split(split, of_run)
+    try:
+        write_predictions(scored, split.results(captions), of_run)
+    except OSError as error:
+        cli.note(f"{path}: its captions cannot be kept there ({error.strerror}); the next time they are made again")
     return captions
 
 
@@ -593,6 +606,11 @@ def caption_split(split: Split, args: Arguments) -> tuple[dict[int, str], dict[s
     made = caption_all(bundle, pictures, len(split), args.split, best_captions, args.batch_size)
     judged = {image_id: certainty.judged(bundle, best) for image_id, (best, *_) in made.items()}
     return {image_id: caption.text for image_id, caption in judged.items()}, settings, judged
+
+
+def write_predictions(file: Path, entries: list[dict[str, Any]], args: Arguments) -> None:
+    """Captions of a split, and beside them what made them."""
+    outputs.write_made_with(file, json_text(entries, indent=1) + "\n", args.scored_with())
 
 
 def write_json(file: Path, content: Any) -> None:

@@ -18,6 +18,7 @@ import re
 import secrets
 import shutil
 import stat
+import time
 from collections.abc import Iterator, Mapping
 from enum import Enum
 from pathlib import Path
@@ -159,16 +160,19 @@ def refuse_links(folder: Path, what: str) -> None:
                 raise InputError(f"'{path}' is not a regular file; remove it, or name another folder than '{folder}'")
 
 
-def remove_leftovers(folder: Path, name: str = "") -> None:
+def remove_leftovers(folder: Path, name: str = "", idle: float = 0) -> None:
     """Remove what processes that were killed inside `replacing` left in `folder`.
 
     Args:
         name: of the file that they were to replace, where the folder is the user's; "": of any.
+        idle: seconds without a change, where another machine, whose processes nobody here knows, may write there too.
     """
     for part in folder.glob(f".[0-9]*.{'*.' + glob.escape(name[-50:]) if name else '*'}"):
         process = part.name.split(".")[1]
         if process.isdecimal() and not _is_running(int(process)):
-            part.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # another process has removed it, or it is a folder
+                if not idle or time.time() - part.lstat().st_mtime >= idle:
+                    part.unlink()
 
 
 def _is_running(process: int) -> bool:
@@ -233,6 +237,14 @@ def json_text(value: Any, **options: Any) -> str:
     """
     text = json.dumps(value, ensure_ascii=False, **options)
     return re.sub("[\ud800-\udfff]", lambda half: json.dumps(half[0])[1:-1], text)
+
+
+def utf8(name: str) -> str:
+    """A file's name as text that UTF-8 can hold, for people to read and for files: a disk's names are any bytes."""
+    try:
+        return os.fsencode(name).decode("utf-8", "backslashreplace")
+    except UnicodeEncodeError:  # halves of characters, out of JSON
+        return name.encode("utf-8", "backslashreplace").decode()
 
 
 def plain(value: Any) -> Any:

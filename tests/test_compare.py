@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 import statistics
+from pathlib import Path
 
 import madeup
 import pytest
@@ -159,7 +160,7 @@ def two(prepared, tmp_path, monkeypatch):
     said = {i: own[0] for i, own in zip(rows.image_id, rows.captions, strict=True)}
     (tmp_path / "run").mkdir()
     for file, captions in (
-        (tmp_path / "run" / "scored_validation_predictions.json", said),
+        (tmp_path / "run" / "predictions_validation.json", said),
         (tmp_path / "theirs.json", dict.fromkeys(said, "a red circle")),
     ):
         file.write_text(json.dumps([{"image_id": i, "caption": caption} for i, caption in captions.items()]))
@@ -173,7 +174,7 @@ def test_runs_and_files_are_compared(two, prepared, tmp_path, capsys):
     assert inference.main(["--compare", *two, *flags]) == 0
     out, err = capsys.readouterr()
     assert out.split()[:2] == ["run", "theirs"] and "theirs minus run" in out and "facts_right" in out
-    assert "captions of scored_validation_predictions.json" in err and "signature: coco-ptb3.4.1|" in err
+    assert "captions of predictions_validation.json" in err and "signature: coco-ptb3.4.1|" in err
     assert {path.name for path in (tmp_path / "here").iterdir()} == {
         "comparison_run_theirs_validation.html",
         "comparison_run_theirs_validation.csv",
@@ -196,6 +197,34 @@ def test_a_run_without_captions_of_the_split_writes_them(two, trained, prepared,
     assert len(own) == 80
     assert inference.main(["--compare", str(tmp_path / "model"), two[0], *flags]) == 0
     assert "captions of scored_validation_predictions.json" in capsys.readouterr().err
+
+
+def test_captions_of_other_weights_or_settings_are_not_compared(two, trained, prepared, tmp_path, capsys):
+    model = tmp_path / "model"
+    shutil.copytree(trained, model, ignore=shutil.ignore_patterns("checkpoint-*"))
+    flags = [f"--data_path={prepared}", "--split=validation", "--device=cpu"]
+    assert inference.main([f"--model_path={model}", "--max_words=1", *flags]) == 0
+    short = (model / "scored_validation_predictions.json").read_text()
+    assert inference.main(["--compare", str(model), two[0], *flags]) == 0
+    assert "scored_validation_predictions.json was made otherwise; its model writes them" in capsys.readouterr().err
+    plain = (model / "scored_validation_predictions.json").read_text()
+    assert plain != short
+    config = json.loads((model / "generation_config.json").read_text())
+    (model / "generation_config.json").write_text(json.dumps(config | {"num_beams": 1}))  # as another training may
+    assert inference.main(["--compare", str(model), two[0], *flags]) == 0
+    assert "was made otherwise" in capsys.readouterr().err
+
+
+def test_captions_of_other_data_with_the_same_ids_are_refused(two, prepared, tmp_path, capsys):
+    from captioning.data.folder import load_prepared
+
+    rows = load_prepared(prepared)[0]["validation"]
+    entries = rows.results(dict.fromkeys(rows.image_id, "a red circle"))
+    for entry, name in zip(entries, reversed(rows.names), strict=True):
+        entry["file_name"] = name
+    Path(two[1]).write_text(json.dumps(entries))
+    with pytest.raises(InputError, match="they are captions of other data"):
+        inference.main(["--compare", *two, f"--data_path={prepared}", "--split=validation"])
 
 
 def test_another_signature_is_said(two, prepared, tmp_path, capsys):

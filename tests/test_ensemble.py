@@ -140,7 +140,7 @@ def test_captions_and_scores_of_several_runs(trained, second, few, images, tmp_p
     assert code == 0 and len(out.split('"caption": "')[1].split('"')[0].split()) <= 3
     code, out, _ = call(f"--data_path={few}", "--ensemble", second, "--output", tmp_path / "said.json")
     assert code == 0 and "cider_d" in out
-    assert '"ensemble": [' in (tmp_path / "scored_test_results.json").read_text()
+    assert '"ensemble": [' in (tmp_path / "said_results.json").read_text()
 
 
 def test_captions_of_one_run_are_not_continued_by_several(trained, second, images, tmp_path, monkeypatch, capsys):

@@ -328,7 +328,7 @@ def test_a_run_folder_is_scored_on_a_split(trained, prepared, tmp_path, capsys):
     assert "official COCO" in captured.err and "test split, 120 images" in captured.err
     predictions = json.loads(output.read_text())
     assert predictions == json.loads((trained / "predictions_test.json").read_text())
-    per_image = json.loads((tmp_path / "scored_test_per_image.json").read_text())
+    per_image = json.loads((tmp_path / "predictions_per_image.json").read_text())
     assert len(per_image) == 120
     assert per_image[0]["cider_d"] <= per_image[-1]["cider_d"]
 
@@ -363,9 +363,49 @@ def test_scoring_leaves_the_run_folder_s_results_as_they_are(trained, prepared, 
     after = contents(folder)
     assert {name: after[name] for name in before} == before
     new = {Path(name).name: json.loads(after[name]) for name in after.keys() - before.keys()}
+    assert new.pop(".scored_test_predictions.json.made_with")["num_beams"] == 1
     assert set(new) == {f"scored_test_{name}.json" for name in ("predictions", "per_image", "results")}
     results = new["scored_test_results.json"]
     assert results["decoding"]["num_beams"] == 1 and results["images"] == 120 and 0 < results["bleu_1"] <= 1
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--data_path=DATA", "--output=captions.csv"], "give it a name that ends in .json"),
+        (["--data_path=DATA", "--output=mine.json"], "'mine.json' is there, and nothing says what made it"),
+        (["--data_path=DATA", "--no-recursive"], "--no-recursive has no use with --data_path"),
+        (["x.jpg", "--split=train"], "--split has no use with --image_path"),
+        (["--export=onnx", "--output=new", "--num_beams=5"], "--num_beams has no use with --export"),
+        (["--export=onnx", "--output=new", "--prefix=a"], "--prefix has no use with --export"),
+        (["--predictions=mine.json", "--data_path=DATA", "--num_beams=5"], "--num_beams has no use with --predictions"),
+        (["--predictions=mine.json", "--references=mine.json", "--json"], "--json has no use with --predictions"),
+        (["--predictions=mine.json", "--references=mine.json", "--explain=x.png"], "--explain has no use with"),
+        (["--predictions=mine.json", "--references=mine.json", "--alternatives=3"], "--alternatives has no use with"),
+        (["--serve", "--batch_size=3"], "--batch_size has no use with --serve"),
+        (["--compare", "mine.json", "a.csv", "--data_path=DATA", "--output=a.html"], "'a.csv', which is there"),
+    ],
+)
+def test_what_would_do_nothing_or_overwrite_is_refused(
+    arguments, message, untrained, prepared, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.chdir(tmp_path)
+    for name in ("mine.json", "a.csv", "a.html"):
+        Path(name).write_text("a person's own work")
+    words = [argument.replace("DATA", str(prepared)) for argument in arguments]
+    words += [] if "--compare" in words or words[0].startswith("--pred") else [f"--model_path={untrained}"]
+    with pytest.raises(SystemExit) as stopped:
+        inference.main(words)
+    error = capsys.readouterr().err
+    assert stopped.value.code == 2 and message in error, error
+    assert {Path(name).read_text() for name in ("mine.json", "a.csv", "a.html")} == {"a person's own work"}
+
+
+def test_a_folder_that_takes_no_scores_is_named_before_any_caption(untrained, prepared, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr("os.access", lambda folder, mode: False)  # root may write everywhere
+    with pytest.raises(SystemExit):
+        inference.main([f"--model_path={untrained}", f"--data_path={prepared}"])
+    assert "which is read-only; name a file in another with --output" in capsys.readouterr().err
 
 
 def test_anybodys_captions_are_scored(prepared, tmp_path, capsys):

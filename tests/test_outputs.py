@@ -359,6 +359,28 @@ def test_shards_write_files_of_their_own_that_join_to_the_whole(run, photos, tmp
     assert len(shards) == 4 and sorted(joined) == sorted(whole.open())
 
 
+def test_a_part_of_no_images_is_an_empty_file_and_no_error(run, photos, tmp_path):
+    file = tmp_path / "captions.json"
+    code, out, err = run("--image_path", photos / "00000.jpg", "--output", file, "--shard", "2/2")
+    assert (code, out) == (0, "") and "part 2/2 is empty: there are 1 images" in err
+    assert read(tmp_path / "captions.2-of-2.json") == []
+    assert run("--image_path", photos / "00000.jpg", "--shard", "2/2")[0] == 0
+    (photos / "00000.txt").write_text("written by a person")
+    with pytest.raises(InputError, match=r"--image_path .*00000\.txt names no image; name a file or a folder"):
+        run("--image_path", photos / "00000.txt")
+
+
+def test_parts_give_texts_the_names_that_the_whole_gives_them(run, photos):
+    (photos / "00000.png").write_bytes((photos / "00000.jpg").read_bytes())
+    for number in range(1, 8):
+        assert run("--image_path", photos, "--sidecar=.txt", "--shard", f"{number}/7")[0] == 0
+    assert sorted(path.name for path in photos.glob("*.txt")) == [
+        "00000.jpg.txt",
+        "00000.png.txt",
+        *(f"{number:05d}.txt" for number in range(1, 6)),
+    ]
+
+
 def test_archives_lists_and_folders_without_those_inside(run, photos, tmp_path, monkeypatch):
     expected = [text for _, text in plain(run, "--image_path", photos)]
     with zipfile.ZipFile(tmp_path / "photos.zip", "w") as archive:

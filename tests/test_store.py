@@ -167,7 +167,7 @@ def test_captions_and_scores_with_a_store(trained, few, prepared, tmp_path, caps
     assert (code, out) == (0, call("--image_path", tmp_path / "a.png")[1]), "without weight: as without a store"
     code, out, _ = call(f"--data_path={few}", "--store", store, "--output", tmp_path / "said.json")
     assert code == 0 and "cider_d" in out
-    settings = json.loads((tmp_path / "scored_test_results.json").read_text())["decoding"]
+    settings = json.loads((tmp_path / "said_results.json").read_text())["decoding"]
     assert settings["store"][0].startswith("store ") and settings["store_weight"] == 0.5
     other = tmp_path / "other"
     shutil.copytree(few, other)

@@ -478,4 +478,4 @@ def test_a_split_is_scored_with_captions_as_asked(trained, few, tmp_path, capsys
     flags = [f"--model_path={trained}", f"--data_path={few}", f"--output={file}", "--device=cpu", "--max_words=3"]
     assert inference.main(flags) == 0
     assert all(len(wishes.words_of(entry["caption"])) <= 3 for entry in json.loads(file.read_text()))
-    assert json.loads((tmp_path / "scored_test_results.json").read_text())["decoding"]["max_words"] == 3
+    assert json.loads((tmp_path / "predictions_results.json").read_text())["decoding"]["max_words"] == 3

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,18 @@ ASKED = "captions as you ask for them (default: as the model writes them)"
 NO_MATTER = ("explain", "explain_layers", "batch_size", "device", "debug")  # to the captions
 PAGE, SCORE = "a page in the browser instead (pip install gradio)", "scoring instead"
 EXPORT = "files for onnxruntime and the browser instead (pip install onnxruntime onnx onnxscript)"
+# Which flags have an effect, by what is done; `--debug` has one everywhere.
+SEARCH = ("num_beams", "max_new_tokens")
+OF_MODEL = ("model_path", *SEARCH, "device", "int8")
+USED = {
+    "export": ("model_path", "output"),
+    "in_browser": ("serve", "model_path", "int8", "host", "port"),
+    "serve": (*OF_MODEL, ASKED, "alternatives", "explain_layers", "host", "port", "token"),
+    "compare": ("data_path", "split", "clip", "output", "device", "batch_size", "int8"),
+    "predictions": ("data_path", "references", "split", "subset", "clip", "device"),
+    "image_path": (*OF_MODEL, WHAT, KEEP, FORM, HOW, ASKED),
+    "data_path": (*OF_MODEL, HOW, ASKED, "split", "calibrate", "clip", "output"),
+}
 ELSEWHERE = (WHAT, KEEP, PAGE, SCORE, EXPORT)  # flags that do not decide the captions
 
 
@@ -174,7 +187,9 @@ class Arguments:
     serve: bool = flag(False, PAGE, "drop an image or paste its address, see where it looked")
     port: int = flag(7860, PAGE, "where to listen")
     host: str = flag(
-        "127.0.0.1", PAGE, "where to listen (default: 127.0.0.1, this machine only); another needs --token"
+        "127.0.0.1",
+        PAGE,
+        "where to listen (default: 127.0.0.1, this machine only); another needs --token, but not with --in_browser",
     )
     token: str | None = flag(
         None,
@@ -243,6 +258,7 @@ class Arguments:
         self._check_ensemble()
         self._check_store()
         self._check_wishes()
+        self._check_use()
         self._check_paths()
 
     def _check_combinations(self) -> None:
@@ -287,6 +303,15 @@ class Arguments:
             raise InputError("give --image_path to caption images, or --data_path to score a split")
         if self.predictions and self.output:
             raise InputError("--output has no use with --predictions: the scores are written beside that file")
+
+    def _check_use(self) -> None:
+        """Refuse a flag that would do nothing."""
+        what = next(name for name in USED if getattr(self, name))
+        for field in dataclasses.fields(self):
+            used = {"debug", what, *USED[what]} & {field.name, field.metadata["group"]}
+            if not used and getattr(self, field.name) != field.default:
+                name = f"no-{field.name}" if field.default is True else field.name
+                raise InputError(f"--{name} has no use with --{what}; leave it out")
 
     def _check_comparison(self) -> None:
         assert self.compare is not None
@@ -440,13 +465,41 @@ class Arguments:
             raise InputError(
                 f"--references '{self.annotations}' is not a file; name captions_val2014.json, for example"
             )
-        if not (self.image_path or self.compare or self.export):  # before hours of captioning: where the scores go
-            beside = (self.predictions[0] if self.predictions else self.output or Path(self.model_path, "any")).parent
-            for pattern in ("scored_*.json", "*_per_image.json"):
-                for file in beside.glob(pattern):
-                    check_target(file)
+        if not (self.image_path or self.export or self.serve):
+            self._check_places_of_scores()
         if self.data_path and not self.annotations:
             cli.prepared_folders(self.data_path)
+
+    def _check_places_of_scores(self) -> None:
+        """Refuse, before hours of captioning, places where the scores cannot go."""
+        run = Path(self.model_path)
+        beside = (self.predictions[0] if self.predictions else self.output or run / "any").parent
+        if self.compare:
+            beside = self.output.parent if self.output else Path()
+            csv = self.output and self.output.with_suffix(".csv")
+            if (
+                self.output
+                and csv
+                and csv.exists()
+                and (not self.output.exists() or any(map(csv.samefile, self.compare)))
+            ):
+                raise InputError(f"--output '{self.output}' comes with '{csv}', which is there; name another page")
+        elif self.output:
+            if self.output.suffix.lower() != ".json":
+                raise InputError(f"--output '{self.output}' is a list in JSON; give it a name that ends in .json")
+            if self.output.exists() and not outputs.says_what_made_it(self.output):
+                raise InputError(f"'{self.output}' is there, and nothing says what made it; name another file")
+        if beside.is_dir() and not os.access(beside, os.W_OK):
+            raise InputError(f"the scores are written into '{beside}', which is read-only; {self._elsewhere()}")
+        for pattern in ("scored_*.json", "*_per_image.json", "*_results.json"):
+            for file in beside.glob(pattern):
+                check_target(file)
+
+    def _elsewhere(self) -> str:
+        """How scores are written to another folder."""
+        if self.predictions:
+            return "copy the file of captions elsewhere"
+        return f"name a {'page' if self.compare else 'file'} in another with --output"
 
     @property
     def part(self) -> tuple[int, int] | None:
@@ -480,11 +533,12 @@ class Arguments:
 
     @property
     def store_names(self) -> list[str]:
-        """The name of each folder of `--store`, and a digest of what its dataset.json says."""
-        return [
-            f"{folder.resolve().name} {hashlib.sha256((folder / 'dataset.json').read_bytes()).hexdigest()[:16]}"
-            for folder in self.store_folders
-        ]
+        """What tells the folders of `--store` from others."""
+        return _names(self.store_folders)
+
+    def scored_with(self) -> dict[str, Any]:
+        """What decides the captions of a split: `made_with`, and the data."""
+        return self.made_with() | {"data": _names(cli.prepared_folders(self.data_path or ())), "split": self.split}
 
     @property
     def annotations(self) -> Path | None:
@@ -492,6 +546,14 @@ class Arguments:
         if self.predictions and self.data_path and self.data_path[0].is_file():
             return self.data_path[0]
         return self.references
+
+
+def _names(folders: list[Path]) -> list[str]:
+    """The name of each prepared folder, and a digest of what its dataset.json says."""
+    return [
+        f"{folder.resolve().name} {hashlib.sha256((folder / 'dataset.json').read_bytes()).hexdigest()[:16]}"
+        for folder in folders
+    ]
 
 
 def is_exported(folder: str) -> bool:

@@ -252,8 +252,12 @@ def make_app(captioner: Any, limits: Limits | None = None, public: bool = False)
 
 
 def _address(url: Any) -> str:
-    if not isinstance(url, str) or urlsplit(url.strip()).scheme.lower() not in ("http", "https"):
+    if not isinstance(url, str) or not re.match(r"https?://", url.strip(), re.IGNORECASE):
         raise Refused(400, "send an image as 'image', or as 'url' its address, which begins with http:// or https://")
+    try:
+        urlsplit(url.strip())
+    except ValueError as error:
+        raise Refused(400, f"'url' is no address ({error})") from None
     return url.strip()
 
 

@@ -159,7 +159,7 @@ class Captions:
         if self.mode == "append":
             return
         choice = "add --append to write more into it, or --overwrite to start anew, or name another file"
-        if not _beside(self.file, "made_with").exists():
+        if not says_what_made_it(self.file):
             raise InputError(f"'{self.file}' is there, and nothing says what made it; {choice}")
         try:
             earlier = read_json(_beside(self.file, "made_with"))
@@ -217,6 +217,26 @@ class Captions:
 def _beside(file: Path, what: str) -> Path:
     """A hidden file that belongs to `file`."""
     return file.with_name(f".{file.name}.{what}")
+
+
+def says_what_made_it(file: Path) -> bool:
+    """Whether a file of captions is one of ours."""
+    return _beside(file, "made_with").exists()
+
+
+def write_made_with(file: Path, content: str, made_with: Mapping[str, Any]) -> None:
+    """Write a file as a whole, and beside it what made it, so that `was_made_with` knows later."""
+    _beside(file, "made_with").unlink(missing_ok=True)  # or a run that dies in between leaves the wrong one
+    write_whole(file, content)
+    write_whole(_beside(file, "made_with"), json_text(made_with, indent=1) + "\n")
+
+
+def was_made_with(file: Path, made_with: Mapping[str, Any]) -> bool:
+    """Whether a file is there, and was made with the same model, settings and data."""
+    try:
+        return file.is_file() and read_json(_beside(file, "made_with")) == json.loads(json.dumps(made_with))
+    except (InputError, OSError):
+        return False
 
 
 def _list_of(file: Path, key: str) -> list[Entry]:
