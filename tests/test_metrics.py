@@ -295,6 +295,16 @@ def test_marks_that_nobody_wrote_earn_less(references, right, wrong):
     assert max(others) < 9.5
 
 
+def test_each_further_mark_earns_less():
+    """The official tokenizer drops three to five dots in a row and dashes before it looks for punctuation."""
+    reward = CiderReward({1: ["a man with a hat ."], 2: ["a dog on a sofa ."], 3: ["a cat ."]})
+    captions = ["a man with a hat" + number * " ." for number in range(1, 13)]
+    earned = reward([1] * 12, captions, [True] * 12)
+    assert earned[0] == pytest.approx(10) and sorted(earned, reverse=True) == earned and len(set(earned)) == 12
+    odd = ["...", "…", "---", "----", "–", "—", "-- .", "&mdash;"]
+    assert max(reward([1] * len(odd), [f"a man with a hat {mark} ." for mark in odd], [True] * len(odd))) < 9
+
+
 # ---- other languages
 
 PERFECT = {

@@ -25,8 +25,8 @@ PUNCTUATION = frozenset(
 )
 
 
-def tokenize(captions: Iterable[str], punctuation: bool = False) -> list[str]:
-    r"""Each caption in lower case, its tokens separated by one space, without punctuation unless it is asked for.
+def tokenize(captions: Iterable[str]) -> list[str]:
+    r"""Each caption in lower case, its tokens separated by one space, without punctuation.
 
     Any text is accepted. Phone numbers, mixed fractions ("1 1/2") and tags are single tokens with no-break
     spaces (U+00A0) in place of spaces.
@@ -41,8 +41,7 @@ def tokenize(captions: Iterable[str], punctuation: bool = False) -> list[str]:
     if not captions:
         return []
     lines = _print_tokens(re.sub("[\r\v\f\u2028\u2029]", " ", "\n".join(captions))).split("\n")
-    dropped = () if punctuation else PUNCTUATION
-    return [" ".join([w for w in line.rstrip().split(" ") if w and w not in dropped]) for line in lines]
+    return [" ".join([w for w in line.rstrip().split(" ") if w and w not in PUNCTUATION]) for line in lines]
 
 
 # What needs no rule: line breaks, spaces, and most words. No rule for ASCII letters alone looks past a space, so a

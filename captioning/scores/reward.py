@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 
 from captioning.scores.cider import InverseDocumentFrequencies, cider_d, document_frequencies
 from captioning.scores.ngrams import Ngrams, count
-from captioning.scores.words import choose
+from captioning.scores.words import words_and_marks
 
-END = " </s>"  # no word of any caption: the tokenizer would split it
+END = " </s>"  # no word of any caption: it would be four
 
 
 class CiderReward:
@@ -18,8 +18,8 @@ class CiderReward:
     ("a man with a") then earns less than one that ends as people end. Without it, training on CIDEr-D favours such
     bad endings.
 
-    Punctuation marks are words here, which the evaluation drops: what costs nothing is not held back, and captions grow
-    into "two children are playing . . . . .".
+    Each punctuation mark is a word here, where the evaluation drops them: what costs nothing is not held back, and
+    captions grow into "two children are playing . . . . .".
 
     Args:
         references: {image id: its captions}, of the images of the training split.
@@ -27,8 +27,7 @@ class CiderReward:
 
     def __init__(self, references: Mapping[int, Sequence[str]]):
         every = [caption for captions in references.values() for caption in captions]
-        self._tokenize = choose(every).with_marks
-        tokenized = iter(self._tokenize(every))
+        tokenized = iter(words_and_marks(every))
         self._references = {i: [next(tokenized) + END for _ in captions] for i, captions in references.items()}
         self._idf = InverseDocumentFrequencies(*document_frequencies(map(_counted, self._references.values())))
 
@@ -42,7 +41,7 @@ class CiderReward:
         Returns:
             CIDEr-D of each caption, 0 to 10.
         """
-        texts = [text + END * end for text, end in zip(self._tokenize(captions), ended, strict=True)]
+        texts = [text + END * end for text, end in zip(words_and_marks(captions), ended, strict=True)]
         references = {i: _counted(self._references[i]) for i in set(image_ids)}
         return cider_d(_counted(texts), [references[i] for i in image_ids], self._idf)
 

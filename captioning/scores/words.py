@@ -10,7 +10,6 @@ their place. Where words are written without spaces neither works, and each char
 
 from __future__ import annotations
 
-import functools
 import re
 import unicodedata
 from collections.abc import Callable, Iterable
@@ -39,14 +38,12 @@ class Words:
 
     Attributes:
         tokenize: captions -> each with its words separated by one space; for BLEU, ROUGE-L and CIDEr-D.
-        with_marks: the same with each punctuation mark as a word, for the reward.
         split: a caption -> its words; for ROUGE-1, ROUGE-2 and ROUGE-Lsum.
         protocol: says so, in a part of a sentence.
         signature: says so in the fewest characters: the first field of a signature, and its `rouge`.
     """
 
     tokenize: Callable[[Iterable[str]], list[str]]
-    with_marks: Callable[[Iterable[str]], list[str]]
     split: Callable[[str], list[str]]
     protocol: str
     signature: tuple[str, str]
@@ -70,30 +67,27 @@ def _tokenize(captions: Iterable[str]) -> list[str]:
     return [" ".join(unicode_words(caption)) for caption in captions]
 
 
-def _tokenize_with_marks(captions: Iterable[str]) -> list[str]:
+def words_and_marks(captions: Iterable[str]) -> list[str]:
+    """Captions -> each with its words, and each mark as a word of its own, separated by one space; of any language."""
     return [" ".join([match[0] for match in _matches(caption, _WORD_OR_MARK)]) for caption in captions]
 
 
-_ptb_with_marks = functools.partial(ptb.tokenize, punctuation=True)
 _COCO = "BLEU-1..4, ROUGE-L and CIDEr-D as in the official COCO caption evaluation"
 
 ENGLISH = Words(
     ptb.tokenize,
-    _ptb_with_marks,
     ascii_words,
     f"{_COCO} (PTB tokenisation, punctuation removed); ROUGE-1, ROUGE-2 and ROUGE-Lsum as in rouge_score",
     ("coco-ptb3.4.1", "rouge_score"),
 )
 SPACED = Words(
     ptb.tokenize,
-    _ptb_with_marks,
     unicode_words,
     f"{_COCO} (PTB tokenisation, punctuation removed); ROUGE-1, ROUGE-2 and ROUGE-Lsum with Unicode words",
     ("coco-ptb3.4.1", "unicode"),
 )
 UNSPACED = Words(
     _tokenize,
-    _tokenize_with_marks,
     unicode_words,
     f"{_COCO}, but with characters as words, for a language without spaces; ROUGE-1, ROUGE-2 and ROUGE-Lsum likewise",
     ("coco-characters", "characters"),
