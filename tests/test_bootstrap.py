@@ -1,5 +1,6 @@
 """Intervals and comparisons of scores: equal to plain resampling, and right about chance."""
 
+import math
 import random
 import statistics
 
@@ -120,9 +121,29 @@ def test_p_is_that_of_a_plain_count():
     found = bootstrap.differences(ours, theirs, resamples=500, seed=2)["rouge_l"]
     pairs = np.array(ours.each["rouge_l"]) - np.array(theirs.each["rouge_l"])
     drawn = [pairs[rows].mean() for rows in np.random.default_rng(2).integers(30, size=(500, 30), dtype=np.int32)]
-    count = sum(abs(value - statistics.fmean(drawn)) >= abs(pairs.mean()) for value in drawn)
+    count = sum(abs(value - pairs.mean()) >= abs(pairs.mean()) - 1e-12 for value in drawn)
     assert 0.02 < found.p < 0.98 and found.p == pytest.approx((count + 1) / 501)
     assert (found.low, found.high) == pytest.approx(tuple(np.quantile(drawn, [0.025, 0.975])))
+
+
+def test_draws_that_are_as_far_count_where_few_images_differ():
+    """Of 200 images 4 differ, by 1 each. A draw with none of them, or with 8 or more, is as far as the value, 4/200."""
+    references = {i: ["a dog runs"] for i in range(200)}
+    ours, theirs = (
+        evaluate(dict.fromkeys(references, "a dog"), references, more={"right": lambda caption, _, good=good: good})
+        for good in (1.0, 0.0)
+    )
+    ours.each["right"] = [float(i < 4) for i in range(200)]
+    ours.scores["right"] = 4 / 200
+    found = bootstrap.differences(ours, theirs)["right"]
+    share = sum(math.comb(200, n) * 0.02**n * 0.98 ** (200 - n) for n in range(201) if n == 0 or n >= 8)
+    assert found.value == 0.02 and found.p == pytest.approx(share, abs=0.01)
+
+
+def test_one_image_tells_no_difference():
+    references = {1: ["a dog runs"]}
+    found = bootstrap.differences(evaluate({1: "a dog runs"}, references), evaluate({1: "a cat"}, references))
+    assert found["rouge_l"].value > 0 and {difference.p for difference in found.values()} == {1}
 
 
 def test_equal_captions_do_not_differ():

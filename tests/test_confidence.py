@@ -86,6 +86,9 @@ def test_the_measures_by_hand():
     assert found.gain == pytest.approx(3.7 / 4 - 3.7 / 5)
     assert confidence.reliability([0.5, 0.5], [0.0, 1.0]).auroc == 0.5
     assert confidence.reliability([0.5], [1.0]).auroc is None
+    wrong_way_round = confidence.reliability_of({1: 0.9, 2: 0.1}, {1: 0.0, 2: 2.0})
+    assert "AUROC 0.000 for" in confidence.told(wrong_way_round)
+    assert "AUROC" not in confidence.told(confidence.reliability_of({1: 0.5}, {1: 1.0}))
 
 
 def test_a_word_counts_as_used_in_any_form_of_punctuation():

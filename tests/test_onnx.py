@@ -22,7 +22,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 
 import inference
 from captioning import InputError
-from captioning.model import captioner, explain, generate, onnx_captioner, parts
+from captioning.model import captioner, explain, generate, onnx_captioner, parts, strip
 from captioning.model.beam_search import Decoding, search
 from captioning.scores import confidence
 from captioning.show import serve
@@ -105,7 +105,7 @@ SETTINGS = [
 @pytest.mark.parametrize("settings", SETTINGS, ids=lambda settings: ",".join(f"{k}={v}" for k, v in settings.items()))
 def test_the_search_gives_the_tokens_of_transformers(bundle, settings):
     config = {**bundle.model.generation_config.to_diff_dict(), **settings}
-    decoding = Decoding.read(config, "the model")
+    decoding = Decoding.read(config, bundle.model.decoder.config.vocab_size, 128, "the model")
     states = bundle.model.encoder(pixel_values=pixels_of(bundle, photographs())).last_hidden_state.detach()
     for count in {1, decoding.num_beams}:
         found = search(Step(bundle, states), len(states), decoding, count)
@@ -122,7 +122,28 @@ def test_the_search_gives_the_tokens_of_transformers(bundle, settings):
 def test_other_searches_are_refused(bundle, setting):
     config = GenerationConfig(**{**bundle.model.generation_config.to_diff_dict(), **setting}).to_diff_dict()
     with pytest.raises(InputError, match=r"generation_config\.json"):
-        Decoding.read(config, "--model_path 'run'")
+        Decoding.read(config, 300, 128, "--model_path 'run'")
+
+
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *({"num_beams": value} for value in ("3", 0, 10**7, True)),
+        *({"max_new_tokens": value} for value in ("x", 0, 128)),
+        {"max_length": "a"},
+        {"length_penalty": "a"},
+        *({"eos_token_id": value} for value in (-5, 300)),
+        {"suppress_tokens": [300]},
+    ],
+    ids=str,
+)
+def test_settings_of_a_search_that_cannot_be_are_refused_in_a_sentence(setting):
+    """As `captioner.load` refuses them, which needs torch."""
+    sound = {"decoder_start_token_id": 0, "eos_token_id": 0, "pad_token_id": 0, "num_beams": 3, "max_new_tokens": 40}
+    Decoding.read(sound, 300, 128, "--model_path 'exported'")
+    (name,) = setting
+    with pytest.raises(InputError, match=f"says {name} .*, which is not .*; export it again"):
+        Decoding.read({**sound, **setting}, 300, 128, "--model_path 'exported'")
 
 
 # ---- the pixels
@@ -151,6 +172,27 @@ def test_the_pixels_are_those_of_the_image_processor(kind):
             assert found.dtype == np.uint8 and np.array_equal(found, expected)
             normalised = usual.normalise(torch.from_numpy(expected)[None])
             assert np.array_equal(ours.normalise(found[None]), normalised.numpy())
+
+
+@pytest.mark.parametrize("size", [(1, 32768), (8001, 2), (3, 30000)], ids=str)
+@pytest.mark.parametrize("kind", ["clip", "bit"])
+def test_a_strip_takes_no_more_memory_than_another_image(kind, size, monkeypatch):
+    """Its shorter side is enlarged before the crop. What the crop sees is the same in the middle part alone."""
+    largest = []
+    resize = Image.Image.resize
+
+    def watched(image, size, *more, **settings):
+        largest.append(max(size))
+        return resize(image, size, *more, **settings)
+
+    monkeypatch.setattr(Image.Image, "resize", watched)
+    base = np.random.default_rng(0).integers(0, 256, (size[1], size[0], 3), np.uint8)
+    middle = [slice(side // 2 - 200, side // 2 + 200 + side % 2) if side > 500 else slice(None) for side in base.shape]
+    for pixels in (parts.Pixels(PROCESSORS[kind]), onnx_captioner.Pixels(PROCESSORS[kind].to_dict(), "it")):
+        found = pixels(Image.fromarray(base))
+        assert largest and max(largest) <= strip.MOST_RESIZED
+        part = pixels(Image.fromarray(np.ascontiguousarray(base[middle[0], middle[1]])))
+        assert np.abs(found.astype(int) - part).max() <= 3  # sides are whole pixels, so that scales differ a little
 
 
 # ---- exported folders
@@ -375,8 +417,10 @@ def test_what_cannot_be_exported_or_asked_of_an_export_is_refused(exported, trai
         ("onnx/decoder_model_merged.onnx", None, "has no onnx/decoder_model_merged.onnx"),
         ("tokenizer.json", b"{}", "cannot be read"),
         ("preprocessor_config.json", b'{"do_resize": true, "size": {"longest_edge": 9}}', "cannot be used"),
+        ("preprocessor_config.json", b'{"size": {"shortest_edge": 1000000}}', "which is not a side from 1 to 4,096"),
         ("generation_config.json", b"[]", "not a JSON object"),
         ("config.json", b"{}", "n_positions"),
+        ("config.json", b'{"decoder": {"n_positions": 128, "vocab_size": -1}}', "which is not a whole number from 1"),
     ],
 )
 def test_a_damaged_folder_is_refused_in_a_sentence(exported, pictures, tmp_path, name, content, message):

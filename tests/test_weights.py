@@ -17,6 +17,7 @@ from transformers.models.vit.image_processing_pil_vit import ViTImageProcessorPi
 from captioning import InputError
 from captioning.model import captioner, generate, grid, parts
 from captioning.model.captioner import part_of
+from captioning.model.weights import read_pickle
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +164,16 @@ def test_a_pickle_that_unpacks_to_far_more_is_refused(gpt2, tokenizer):
         archive.writestr("archive/data/0", bytes(50_000_000))
     with pytest.raises(InputError, match="unpacks to far more"):
         captioner.build("tiny", str(gpt2), tokenizer)
+
+
+def test_a_pickle_whose_names_share_one_tensor_by_the_thousand_is_refused(tmp_path):
+    """Each name gets memory of its own when the weights are written as safetensors."""
+    tensor = torch.zeros(1000, 100)
+    torch.save({"wte": tensor, "lm_head": tensor}, tmp_path / "tied.bin")
+    assert read_pickle(tmp_path / "tied.bin", "it").keys() == {"wte", "lm_head"}
+    torch.save({str(number): tensor for number in range(200)}, tmp_path / "many.bin")
+    with pytest.raises(InputError, match=r"the tensors of many\.bin together are far larger than the file; name a"):
+        read_pickle(tmp_path / "many.bin", "it")
 
 
 STAGES = {"hidden_sizes": [8, 8, 16, 24], "depths": [1, 1, 1, 1]}

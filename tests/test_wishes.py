@@ -118,6 +118,10 @@ def captions(bundle, pixels, asked, count=1, **decoding):
         ({"must": ["狗"]}, ["两只狗在跑"], ["猫"]),
         ({"without": ["狗"]}, ["猫"], ["两只狗在跑"]),
         ({"no_repeat_ngram_size": 2}, ["a dog and a cat"], ["a dog and a dog", "A dog and a dog."]),
+        # An accent is a part of its letter, or a character of its own behind it.
+        ({"without": ["cafe\u0301"]}, ["a cafe"], ["a caf\xe9", "a cafe\u0301"]),
+        ({"must": ["caf\xe9"]}, ["a cafe\u0301", "a caf\xe9"], ["a cafe"]),
+        ({"prefix": "Un cafe\u0301"}, ["un caf\xe9 noir"], ["un cafe"]),
     ],
 )
 def test_what_is_asked_of_a_text(asked, right, wrong):
@@ -142,6 +146,10 @@ def test_what_is_asked_of_a_text(asked, right, wrong):
         ({"case": "sentence"}, "", ""),
         ({"must": ["Rex"]}, "the dog rex .", "the dog Rex ."),
         ({"prefix": "Photo : a", "case": "sentence"}, "Photo : a dog .", "Photo : a dog."),
+        ({"prefix": "iPhone photo of", "case": "sentence"}, "iPhone photo of a dog", "iPhone photo of a dog."),
+        ({"must": ["eBay"], "case": "sentence"}, "ebay . a dog .", "eBay. A dog."),
+        ({"must": ["Hund"]}, "ein hund in der straße", "ein Hund in der straße"),
+        ({"must": ["Straße"]}, "strasse an straße", "Straße an Straße"),
     ],
 )
 def test_how_a_caption_is_shown(asked, raw, shown):
@@ -179,7 +187,8 @@ def test_shown_words_are_those_of_the_raw_caption(words, text, expected):
         (["--no_repeat_ngram_size", "-1"], "--no_repeat_ngram_size -1 is below 0"),
         (["--no_repeat_ngram_size", "1", "--prefix", "a dog a cat"], "--prefix 'a dog a cat' repeats what"),
         (["--repetition_penalty", "0"], "--repetition_penalty 0.0 is not above 0"),
-        (["--length_penalty", "nan"], "--length_penalty nan is not a number"),
+        (["--length_penalty", "nan"], "--length_penalty nan is not between -10 and 10"),
+        (["--length_penalty", "400"], "--length_penalty 400.0 is not between -10 and 10"),
         (["--temperature", "-1"], "--temperature -1.0 is not above 0"),
         (["--top_p", "1.5"], "--top_p 1.5 is not between 0 and 1"),
         (["--temperature", "1", "--seed", "-1"], "--seed -1 is not between 0 and"),
@@ -236,12 +245,12 @@ def test_edited_captions_have_the_scores_of_the_plain_model(bundles, pixels):
     """Captions of several lengths in one batch, with the image's keys and values shared, and a prompt."""
     for kind, mores in (("lower case", (-2, 1)), ("byte level", (-1, 2))):
         bundle = bundles[kind]
-        model, words = bundle.model, constrain.vocabulary(bundle.tokenizer)
+        model, words = bundle.model, constrain.vocabulary(bundle)
         states = model.encoder(pixel_values=pixels[:1]).last_hidden_state.detach()
         prompt = constrain.prompt(bundle.tokenizer, "A photo of")
         start, end = model.generation_config.decoder_start_token_id, bundle.tokenizer.eos_token_id
         caption = tuple(bundle.tokenizer(" two red dogs run .", add_special_tokens=False)["input_ids"])
-        editor = edit.Editor(model, states, words, prompt, end)
+        editor = edit.Editor(model, states, words, prompt, [end])
         for more in mores:
             found = editor.edited(caption, more)
             assert {len(wishes.words_of(words.read(tokens))) for tokens in found} == {4 + more}
@@ -262,7 +271,7 @@ def test_edited_captions_have_the_scores_of_the_plain_model(bundles, pixels):
 def test_a_full_stop_does_not_make_an_end_likely(bundles):
     """Behind "in ." an end is certain. That says nothing of an end behind "in"."""
     bundle = bundles["lower case"]
-    words = constrain.vocabulary(bundle.tokenizer)
+    words = constrain.vocabulary(bundle)
     rules = constrain.rules_for(bundle, Wishes(max_words=2), 14)
     processor = constrain.Constrain(rules, 1, 2, 1, 1.0)
     dog, stop = words.spell("dog", False), words.full_stops[0]
@@ -393,6 +402,60 @@ def test_a_prefix_is_shown_as_it_was_written(bundles, pixels):
         assert best.startswith("a photo of")
 
 
+def test_a_caption_with_a_word_does_not_depend_on_the_images_beside_it():
+    bundle, asked = make_bundle("byte level", seed=1), Wishes(must=("dog",))
+    with torch.no_grad():  # an end is likelier, so that captions have several lengths
+        bundle.model.decoder.transformer.wte.weight[bundle.tokenizer.eos_token_id] *= 2.5
+    bundle.model.generation_config.update(max_new_tokens=24)
+    eight = torch.randn(8, 3, DIMENSIONS, DIMENSIONS, generator=torch.Generator().manual_seed(2))
+    together = captions(bundle, eight, asked, num_beams=2)
+    assert together == [captions(bundle, eight[i : i + 1], asked, num_beams=2)[0] for i in range(8)]
+
+
+def test_alternatives_stay_in_the_order_of_the_search(bundles, pixels, monkeypatch):
+    """Captions that a limit cut short come last, however high they score."""
+    search, order = constrain.search, []
+
+    def noted(*arguments, **settings):
+        found = search(*arguments, **settings)
+        order.extend([caption.text for caption in own] for own in found)
+        return found
+
+    monkeypatch.setattr(constrain, "search", noted)
+    for kind in ("lower case", "byte level"):
+        order.clear()
+        assert captions(bundles[kind], pixels, Wishes(max_words=3), 5) == order
+
+
+# ---- models with other tokens than usual
+
+
+@pytest.mark.parametrize("more", [7, -3])
+def test_a_model_may_have_more_tokens_than_its_tokenizer_or_fewer(pixels, more):
+    """Such as a vocabulary that was padded to a multiple of 64: what no token spells is never written."""
+    bundle = make_bundle("byte level")
+    with torch.no_grad():
+        bundle.model.decoder.resize_token_embeddings(len(bundle.tokenizer) + more)
+    for asked in (Wishes(must=("dog",)), Wishes(max_words=3), Wishes(min_words=9), Wishes(temperature=1.0)):
+        assert all(asked.problems(best) == [] for (best,) in captions(bundle, pixels, asked))
+
+
+def test_a_model_may_have_several_end_tokens(pixels):
+    bundle = make_bundle("byte level")
+    first, other = bundle.tokenizer.eos_token_id, bundle.tokenizer("park")["input_ids"][-1]
+    bundle.model.generation_config.eos_token_id = [first, other]
+    for asked in (Wishes(must=("dog",)), Wishes(max_words=3), Wishes(min_words=5), Wishes(temperature=1.0)):
+        found = explain.best_captions(dataclasses.replace(bundle, wishes=asked), pixels)
+        for (best,) in found:
+            assert asked.problems(best.text) == []
+            assert best.tokens[-1] == first and not {first, other} & {*best.tokens[:-1]}
+    states = bundle.model.encoder(pixel_values=pixels).last_hidden_state
+    judged = explain.judge(bundle, states, [["a dog"]] * 3)
+    assert all(best.text == "a dog" and best.tokens[-1] == first for (best,) in judged)
+    logs = torch.tensor([[0.5, 0.2, 0.3]]).log()
+    assert edit.with_one_end(logs, [2, 0]).exp().tolist() == [pytest.approx([0.0, 0.2, 0.8])]
+
+
 # ---- drawn captions
 
 
@@ -414,7 +477,7 @@ def test_captions_are_drawn_from_the_models_distribution(pixels):
     with torch.no_grad():
         logits = bundle.model(encoder_outputs=(states,), decoder_input_ids=start).logits[0, -1] / 2.0
     # Control characters, and bytes that no letter begins with, are never written.
-    pieces = constrain.vocabulary(bundle.tokenizer).pieces
+    pieces = constrain.vocabulary(bundle).pieces
     written = [bool(piece) and not 0x80 <= piece[0] < 0xC2 and piece[0] < 0xF5 for piece in pieces]
     ranked = logits.masked_fill(~torch.tensor(written), -torch.inf).topk(constrain.DRAWN_FROM)
     probabilities = ranked.values.softmax(-1)

@@ -1,6 +1,6 @@
 """Greedy and beam search in numpy: the tokens that `generate` of transformers gives, without torch.
 
-    settings = Decoding.read(generation_config)
+    settings = Decoding.read(generation_config, vocabulary, positions, "--model_path 'exported'")
     sequences = search(step, images=4, settings=settings)
 
 `step` runs the decoder. The rules are those of `GenerationMixin._beam_search` and `_sample` in transformers 5.23, which
@@ -17,6 +17,8 @@ from typing import Any
 import numpy as np
 
 from captioning import InputError
+from captioning.foreign import check
+from captioning.model.limits import decoding_schema
 
 # The decoder's answer to the newest token of each row: (rows, 1) token ids, and which earlier row each row continues
 # (None: the same) -> logits (rows, vocabulary). The first call brings one row for each image; a later one may bring
@@ -79,15 +81,19 @@ class Decoding:
     suppress_tokens: Sequence[int] = ()
 
     @classmethod
-    def read(cls, config: Mapping[str, Any], what: str) -> Decoding:
+    def read(cls, config: Mapping[str, Any], vocabulary: int, positions: int, what: str) -> Decoding:
         """The settings of a `generation_config.json`.
 
         Args:
+            vocabulary, positions: of the decoder, tokens.
             what: names the file's owner in messages.
 
         Raises:
-            InputError: it asks for something that this search does not do, such as sampling.
+            InputError: a value is out of its range, or it asks for something that this search does not do, such as
+                sampling.
         """
+        where = f"the generation_config.json of {what}"
+        check(config, decoding_schema(vocabulary, positions), where, "export it again")
         told = {name: value for name, value in config.items() if value is not None}
         own = {field.name for field in dataclasses.fields(cls)} - {"start", "end", "pad"}
         for name, value in told.items():
@@ -103,7 +109,7 @@ class Decoding:
             raise InputError(f"{what} names no single start and end token in its generation_config.json")
         settings = {name: told[name] for name in own & told.keys()}
         if "max_new_tokens" not in told and "max_length" in told:
-            settings["max_new_tokens"] = told["max_length"] - 1
+            settings["max_new_tokens"] = max(told["max_length"] - 1, 1)
         return cls(start, end, told.get("pad_token_id", end), **settings)
 
 

@@ -44,24 +44,44 @@ class Caption:
         return math.fsum(chosen) / len(chosen)
 
 
+def ids_of_end(told: Any) -> list[int]:
+    """The ids that end a caption, of a model's `eos_token_id`: one, a list of several, or None."""
+    return [told] if isinstance(told, int) else list(told or ())
+
+
+def length_to_end(ids: Sequence[int], ends: Sequence[int]) -> int:
+    """How many tokens a caption has, its end included; all where it has none."""
+    return next((place for place, token in enumerate(ids, 1) if token in ends), len(ids))
+
+
 def ranked(
-    rows: Iterable[tuple[int, str, list[int], list[float]]], images: int, end: Any, penalty: float, given: int = 0
+    rows: Iterable[tuple[int, str, list[int], list[float]]],
+    images: int,
+    end: Any,
+    penalty: float,
+    given: int = 0,
+    by_score: bool = True,
 ) -> list[list[Caption]]:
     """The different captions of each image, the best one first.
 
     Args:
         rows: of each caption its image, its text, its ids up to the end token and padding after it, and their
             log-probabilities.
-        end: the id of the end token.
+        end: the id of the end token, as `ids_of_end` takes it.
         penalty: the length penalty of the score.
         given: how many tokens are a prefix's.
+        by_score: the best is the one with the highest score; otherwise the order of `rows` stays.
     """
     found: list[dict[str, Caption]] = [{} for _ in range(images)]
+    ends = ids_of_end(end)
     for image, text, ids, values in rows:
-        length = ids.index(end) + 1 if end in ids else len(ids)
+        length = length_to_end(ids, ends)
         score = math.fsum(values[given:length]) / (length - given) ** penalty
         found[image].setdefault(text, Caption(text, score, ids[:length], values[:length], given))
-    return [sorted(captions.values(), key=lambda caption: -caption.score) for captions in found]
+    return [
+        sorted(captions.values(), key=lambda caption: -caption.score) if by_score else list(captions.values())
+        for captions in found
+    ]
 
 
 # ---- words; a bundle is a `captioner.Bundle` or an `onnx_captioner.OnnxBundle`

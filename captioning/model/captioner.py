@@ -510,8 +510,10 @@ def save(bundle: Bundle, path: str | os.PathLike) -> None:
         bundle.model.save_pretrained(part, state_dict=_named_as_before(bundle.model))
         save_tokenizer(bundle.tokenizer, part)
         bundle.image_processor.save_pretrained(part)
+        as_others = (part / "config.json").stat().st_mode  # safetensors' files are their owner's alone
         for file in part.iterdir():
             check_target(Path(path, file.name))
+            file.chmod(as_others)
             file.replace(Path(path, file.name))
     finally:
         remove(part)

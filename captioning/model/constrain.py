@@ -31,8 +31,9 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.logits_process import NoRepeatNGramLogitsProcessor, RepetitionPenaltyLogitsProcessor
 
 from captioning import InputError, cli
+from captioning.model.caption import ids_of_end, length_to_end
 from captioning.model.captioner import Bundle
-from captioning.model.edit import Editor
+from captioning.model.edit import Editor, with_one_end
 from captioning.model.wishes import Wishes, words_of
 
 # Where the model ends a caption by itself, it finds an end (or a full stop) about as likely as that, or likelier.
@@ -107,27 +108,32 @@ class End(NamedTuple):
 
 
 class Vocabulary:
-    """What each token of a tokenizer spells.
+    """What each token that a model may write spells.
+
+    Args:
+        size: the model's tokens. A model may have more than its tokenizer, which spell nothing, or fewer.
 
     Attributes:
         pieces: bytes of each token, written behind another word; None: not to be written, as special tokens are.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase):
-        self.tokenizer = tokenizer
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, size: int):
+        self.tokenizer, self.size = tokenizer, size
         special = set(tokenizer.all_special_ids)
         self.pieces = [
-            None if token in special or not _readable(piece) else piece
+            None if token in special or token >= size or not _readable(piece) else piece
             for token, piece in enumerate(_pieces(tokenizer))
         ]
+        self.pieces += [None] * (size - len(self.pieces))
         texts = [(piece or b"").decode("utf-8", "replace") for piece in self.pieces]
         self.full_stops = [
             token for token, text in enumerate(texts) if text.strip() and set(text.strip()) <= ENDS_SENTENCE
         ]
         # What a caption that has as many words as it may does not go on with: all but the rest of its last word and the
         # end of the sentence. Hyphens would get round the limit.
-        self.next_word = torch.tensor([not _STAYS.fullmatch(text) for text in texts], dtype=torch.bool)
-        self.whole_word = torch.tensor([text[:1] == " " and text[1:].isalpha() for text in texts], dtype=torch.bool)
+        self.next_word = torch.tensor([not _STAYS.fullmatch(text) for text in texts[:size]], dtype=torch.bool)
+        whole_word = [text[:1] == " " and text[1:].isalpha() for text in texts[:size]]
+        self.whole_word = torch.tensor(whole_word, dtype=torch.bool)
         # Whole words in one token, the shortest first: what a caption that is too short is filled with at worst.
         words = [(len(texts[token]), token) for token in self.whole_word.nonzero()[:, 0].tolist()]
         self.fillers = [(token, texts[token]) for _, token in sorted(words)[:MOST_FILLERS]]
@@ -138,7 +144,7 @@ class Vocabulary:
         self.continuing = [alone[bytes([byte])] for byte in range(0x80, 0xC0) if bytes([byte]) in alone]
 
     def __len__(self) -> int:
-        return len(self.pieces)
+        return self.size
 
     @functools.cached_property
     def spell(self):
@@ -160,14 +166,16 @@ class Vocabulary:
         return b"".join(self.pieces[token] or b"\xff" for token in tokens).decode("utf-8", "replace")
 
 
-_VOCABULARIES: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, Vocabulary] = weakref.WeakKeyDictionary()
+_VOCABULARIES: weakref.WeakKeyDictionary[PreTrainedTokenizerBase, dict[int, Vocabulary]] = weakref.WeakKeyDictionary()
 
 
-def vocabulary(tokenizer: PreTrainedTokenizerBase) -> Vocabulary:
-    """The vocabulary of a tokenizer, read once."""
-    if tokenizer not in _VOCABULARIES:
-        _VOCABULARIES[tokenizer] = Vocabulary(tokenizer)
-    return _VOCABULARIES[tokenizer]
+def vocabulary(bundle: Bundle) -> Vocabulary:
+    """The vocabulary of a captioner, read once."""
+    size = bundle.model.decoder.config.vocab_size
+    known = _VOCABULARIES.setdefault(bundle.tokenizer, {})
+    if size not in known:
+        known[size] = Vocabulary(bundle.tokenizer, size)
+    return known[size]
 
 
 def _readable(piece: bytes) -> bool:
@@ -207,14 +215,19 @@ class Rules:
     """What may be written: wishes, a vocabulary, and room.
 
     Attributes:
-        end: the end token's id.
+        ends: ids of the end tokens, most often one. They count as one, which is written as the first of them.
         room: tokens, prefix aside and end token included.
     """
 
     wishes: Wishes
     words: Vocabulary
-    end: int
+    ends: tuple[int, ...]
     room: int
+
+    @property
+    def end(self) -> int:
+        """The end token that is written."""
+        return self.ends[0]
 
     def beginning(self) -> Text | None:
         """What every caption begins with; None where none can be as it is asked for."""
@@ -278,7 +291,7 @@ class Rules:
     def written(self, text: Text, token: int) -> Text | None:
         """The text with one more token, None where it spells no text."""
         piece = self.words.pieces[token]
-        if not piece:
+        if not piece or token in self.ends:
             return None
         data = text.rest + piece
         try:
@@ -379,7 +392,7 @@ class Constrain(LogitsProcessor):
 
     def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> Any:
         # Beam search gives log-probabilities, the others logits.
-        logs = scores if self.beams > 1 else scores.log_softmax(-1)
+        logs = with_one_end(scores if self.beams > 1 else scores.log_softmax(-1), self.rules.ends)
         end = self.rules.end
         likely = logs[:, [end, *self.rules.words.full_stops]].exp().sum(-1).tolist()
         ends = logs[:, end].tolist()
@@ -532,15 +545,19 @@ def search(
     lacking = [
         image for image, own in enumerate(found) if not own or any(wishes.missing(caption.text) for caption in own)
     ]
-    if lacking:
-        # Not much longer than those: a caption that puts the words off would be searched to the very end.
-        longest = max((len(caption.tokens) - caption.given for own in found for caption in own), default=rules.room)
-        more = 4 + 2 * sum(len(rules.words.spell(word, False)) for word in wishes.must)
-        nearer = dataclasses.replace(rules, room=min(rules.room, longest + more))
-        rules = nearer if nearer.beginning() is not None else rules
-        settings |= {"max_new_tokens": rules.room}
-        urged = _Run(generate, bundle, states[lacking], rules, count, config, settings).encouraged()
-        for image, captions in zip(lacking, urged, strict=True):
+    # Not much longer than those: a caption that puts the words off would be searched to the very end. Images of one
+    # length are searched together, so that no caption depends on the images beside its own.
+    more = 4 + 2 * sum(len(rules.words.spell(word, False)) for word in wishes.must)
+    by_room: dict[int, list[int]] = {}
+    for image in lacking:
+        longest = max((len(caption.tokens) - caption.given for caption in found[image]), default=rules.room)
+        by_room.setdefault(min(rules.room, longest + more), []).append(image)
+    for room, images in by_room.items():
+        nearer = dataclasses.replace(rules, room=room)
+        nearer = nearer if nearer.beginning() is not None else rules
+        settings |= {"max_new_tokens": nearer.room}
+        urged = _Run(generate, bundle, states[images], nearer, count, config, settings).encouraged()
+        for image, captions in zip(images, urged, strict=True):
             found[image] = captions
     return found
 
@@ -627,7 +644,7 @@ class _Run:
         if not images:
             return kept, added
         for image, found in zip(images, run.constrained(again=False) if wide.constrain else run.plain(), strict=True):
-            if not found or found[0].tokens[-1] != self.rules.end:
+            if not found or found[0].tokens[-1] not in self.rules.ends:
                 continue
             tokens = tuple(found[0].tokens[found[0].given : -1])
             number = len(words_of(found[0].text))
@@ -636,7 +653,7 @@ class _Run:
                 kept[image] = found
             if not 0 < abs(more) <= MOST_EDITS:
                 continue
-            editor = Editor(self.bundle.model, self.states[image : image + 1], words, self.prompt, self.rules.end)
+            editor = Editor(self.bundle.model, self.states[image : image + 1], words, self.prompt, self.rules.ends)
             for own, (total, likely) in editor.edited(tokens, more).items():
                 text = Text(wishes.prefix + words.read(own))
                 if len(own) < self.rules.room and self.rules.may_end(text) and not self.rules.cornered(text):
@@ -699,9 +716,8 @@ class _Run:
             logits_processor=processors,
             **{**self.settings, "num_beams": beams, "num_return_sequences": count, "do_sample": False},
         )
-        end = self.rules.end
         rows = sequences[:, 1 + len(self.prompt) :].tolist()
-        return [tuple(row[: row.index(end) + 1] if end in row else row) for row in rows]
+        return [tuple(row[: length_to_end(row, self.rules.ends)]) for row in rows]
 
     def _best(self, ends: dict[tuple[int, ...], End], rows: Sequence[tuple[int, ...]]) -> list[Found]:
         """The best captions of an image.
@@ -753,7 +769,7 @@ def make_room(bundle: Bundle) -> None:
     wishes, config = bundle.wishes, bundle.model.generation_config
     if wishes is None or not config.max_new_tokens or not (wishes.min_words or wishes.must):
         return
-    words = vocabulary(bundle.tokenizer)
+    words = vocabulary(bundle)
     given = 1 + len(prompt(bundle.tokenizer, wishes.prefix))
     least = 3 * wishes.min_words + sum(len(words.spell(word, False)) for word in wishes.must) + 4
     positions = bundle.model.decoder.config.max_position_embeddings - given
@@ -769,7 +785,7 @@ def rules_for(bundle: Bundle, wishes: Wishes, max_new_tokens: int | None) -> Rul
     Raises:
         InputError: the model cannot write what is asked for.
     """
-    words = vocabulary(bundle.tokenizer)
+    words = vocabulary(bundle)
     given = 1 + len(prompt(bundle.tokenizer, wishes.prefix))
     positions = bundle.model.decoder.config.max_position_embeddings - given
     if positions < 1:
@@ -777,8 +793,8 @@ def rules_for(bundle: Bundle, wishes: Wishes, max_new_tokens: int | None) -> Rul
     for word in wishes.must:
         if word in wishes.missing(words.read(words.spell(word, False))):
             raise InputError(f"--must '{word}' is no word that this model's tokenizer can write; name another")
-    end = bundle.model.generation_config.eos_token_id
-    rules = Rules(wishes, words, end if isinstance(end, int) else end[0], min(max_new_tokens or positions, positions))
+    ends = tuple(ids_of_end(bundle.model.generation_config.eos_token_id))
+    rules = Rules(wishes, words, ends, min(max_new_tokens or positions, positions))
     if rules.beginning() is None:
         raise InputError(
             f"this model cannot write captions as they are asked for, with {rules.room} tokens at most; ask for less, "

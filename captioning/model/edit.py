@@ -36,6 +36,17 @@ class Edited(NamedTuple):
     likely: float
 
 
+def with_one_end(logs: torch.Tensor, ends: Sequence[int]) -> torch.Tensor:
+    """Log-probabilities of tokens, (..., vocabulary), where the first of several end tokens stands for all of them."""
+    if len(ends) == 1:
+        return logs
+    logs = logs.clone()
+    every = logs[..., list(ends)].logsumexp(-1)
+    logs[..., list(ends)] = -torch.inf
+    logs[..., ends[0]] = every
+    return logs
+
+
 class Editor:
     """Edits captions of one image.
 
@@ -43,7 +54,7 @@ class Editor:
         states: the encoder's output, (1, encoder tokens, hidden size).
         words: what the tokens spell, a `constrain.Vocabulary`.
         prompt: ids that each caption begins with, and that stay.
-        end: the end token's id.
+        ends: ids of the end tokens, see `with_one_end`.
     """
 
     @torch.no_grad()
@@ -53,11 +64,11 @@ class Editor:
         states: torch.Tensor,
         words: Any,
         prompt: Sequence[int],
-        end: int,
+        ends: Sequence[int],
     ):
         self.decoder: Any = model.decoder
         self.states = model.enc_to_dec_proj(states) if hasattr(model, "enc_to_dec_proj") else states
-        self.words, self.end = words, end
+        self.words, self.ends, self.end = words, ends, ends[0]
         self.given = [model.generation_config.decoder_start_token_id, *prompt]
         config = self.decoder.config
         seen = EncoderDecoderCache(DynamicCache(config=config), DynamicCache(config=config))
@@ -113,7 +124,7 @@ class Editor:
         return found
 
     def _judged(self, captions: Sequence[Tokens]) -> dict[Tokens, Edited]:
-        logs = self._logits(captions).float().log_softmax(-1)
+        logs = with_one_end(self._logits(captions).float().log_softmax(-1), self.ends)
         closing = [self.end, *self.words.full_stops]
         found = {}
         for row, caption in enumerate(captions):

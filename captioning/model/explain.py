@@ -20,7 +20,7 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from captioning import InputError
 from captioning.model import constrain
-from captioning.model.caption import Caption, ranked, shown_words
+from captioning.model.caption import Caption, ids_of_end, ranked, shown_words
 from captioning.model.captioner import Bundle
 from captioning.model.generate import decode, generate_tokens
 from captioning.model.grid import patch_grid
@@ -88,7 +88,7 @@ def search(
         pixel_values: as for `best_captions`; wishes need them.
     """
     model, settings = bundle.model, bundle.model.generation_config
-    penalty = None
+    penalty, by_score = None, True
     if bundle.wishes is None:
         sequences = generate_tokens(
             model,
@@ -103,11 +103,13 @@ def search(
         captions = constrain.search(generate_tokens, bundle, states, count, pixel_values)
         flat = [caption for of_image in captions for caption in of_image]
         ids = [torch.tensor([settings.decoder_start_token_id, *caption.tokens]) for caption in flat]
-        sequences = pad_sequence(ids, batch_first=True, padding_value=bundle.tokenizer.eos_token_id).to(states.device)
+        end, *_ = ids_of_end(settings.eos_token_id)
+        sequences = pad_sequence(ids, batch_first=True, padding_value=end).to(states.device)
         texts, given = [caption.text for caption in flat], flat[0].given
         images = torch.arange(len(captions)).repeat_interleave(torch.tensor(list(map(len, captions))))
         penalty = bundle.wishes.length_penalty
-    return _scored(bundle, states, images, sequences, texts, penalty, given)
+        by_score = bundle.wishes.drawn or not bundle.wishes.constrain  # a search puts whole captions before cut ones
+    return _scored(bundle, states, images, sequences, texts, penalty, given, by_score)
 
 
 @torch.inference_mode()
@@ -122,7 +124,8 @@ def judge(bundle: Bundle, states: torch.Tensor, captions: Sequence[Sequence[str]
     model, settings = bundle.model, bundle.model.generation_config
     images = torch.arange(len(captions)).repeat_interleave(torch.tensor(list(map(len, captions))))
     texts = [" ".join(text.split()) for own in captions for text in own]
-    end, longest = settings.eos_token_id, model.decoder.config.max_position_embeddings
+    end, *_ = ids_of_end(settings.eos_token_id)
+    longest = model.decoder.config.max_position_embeddings
     encoded = bundle.tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
     ids = [torch.tensor([settings.decoder_start_token_id, *tokens[: longest - 1], end]) for tokens in encoded]
     if not ids:
@@ -139,6 +142,7 @@ def _scored(
     texts: Sequence[str],
     penalty: float | None = None,
     given: int = 0,
+    by_score: bool = True,
 ) -> list[list[Caption]]:
     """The captions of each image with the log-probabilities of their tokens, see `ranked`.
 
@@ -160,7 +164,7 @@ def _scored(
         ).logits
         chosen += logits.float().log_softmax(-1).gather(2, generated[part, :, None])[..., 0].tolist()
     rows = zip(images.tolist(), texts, generated.tolist(), chosen, strict=True)
-    return ranked(rows, len(states), settings.eos_token_id, penalty, given)
+    return ranked(rows, len(states), settings.eos_token_id, penalty, given, by_score)
 
 
 @torch.inference_mode()

@@ -395,6 +395,7 @@ PROCESSOR: dict[str, Check] = {
     "image_std": either(_per_channel(number(1e-6, 1e6)), null),
     "rescale_factor": either(number(1e-9, 1000), null),
     "resample": either(whole(0, 5), null),
+    "crop_pct": either(number(0.5, 1), null),
     "image_processor_type": either(text(200), null),
     "feature_extractor_type": either(text(200), null),
     "do_resize": either(flag, null),

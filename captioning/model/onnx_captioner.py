@@ -22,9 +22,12 @@ from PIL import Image
 
 from captioning import InputError, cli
 from captioning.files import read_json
+from captioning.foreign import check, whole
 from captioning.model import beam_search
 from captioning.model.beam_search import Decoding
 from captioning.model.caption import Caption, ranked
+from captioning.model.limits import PROCESSOR
+from captioning.model.strip import middle
 
 ENCODER, DECODER = "encoder_model", "decoder_model_merged"
 INT8 = "_quantized"
@@ -68,6 +71,7 @@ class Pixels:
     def __call__(self, image: Image.Image) -> np.ndarray:
         """An RGB image -> uint8 (3, height, width), resized and cropped."""
         if edge := self.resize.get("shortest_edge"):
+            image = middle(image, edge)
             width, height = image.size
             longer = int(edge * max(image.size) / min(image.size))
             image = image.resize((edge, longer) if width <= height else (longer, edge), self.resample)
@@ -172,12 +176,17 @@ def load(path: str | os.PathLike, int8: bool = False) -> OnnxBundle:
     except Exception as error:  # a plain Exception is what tokenizers raises
         raise InputError(f"'{tokenizer_file}' cannot be read ({error}); export it again") from None
     settings = read_json(folder / "preprocessor_config.json", "export it again")
-    decoding = Decoding.read(read_json(folder / "generation_config.json", "export it again"), what)
-    config = read_json(folder / "config.json", "export it again")
-    try:
-        positions = int(config["decoder"]["n_positions"])
-    except (KeyError, TypeError, ValueError):
-        raise InputError(f"{what} has no n_positions of the decoder in its config.json; export it again") from None
+    check(settings, PROCESSOR, f"the preprocessor_config.json of {what}", "export it again")
+    sizes = check(
+        read_json(folder / "config.json", "export it again").get("decoder", {}),
+        {"n_positions": whole(2, 1_000_000), "vocab_size": whole(1, 4_000_000)},
+        f"the decoder in the config.json of {what}",
+        "export it again",
+        needed=("n_positions", "vocab_size"),
+    )
+    positions = sizes["n_positions"]
+    searched = read_json(folder / "generation_config.json", "export it again")
+    decoding = Decoding.read(searched, sizes["vocab_size"], positions, what)
     encoder, decoder = sessions
     bundle = OnnxBundle(encoder, decoder, tokenizer, Pixels(settings, what), decoding, positions, int8)
     _check(bundle, what)

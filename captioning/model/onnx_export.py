@@ -116,7 +116,8 @@ def export(path: str | os.PathLike, output: Path, complete: Callable[[Path], Non
 def _refuse(bundle: captioner.Bundle, what: str) -> None:
     """Refuse early what cannot be exported or followed without torch."""
     model = bundle.model
-    Decoding.read(model.generation_config.to_diff_dict(), what)
+    sizes: Any = model.decoder.config
+    Decoding.read(model.generation_config.to_diff_dict(), sizes.vocab_size, sizes.max_position_embeddings, what)
     if not hasattr(bundle.tokenizer, "backend_tokenizer"):
         raise InputError(f"{what} has a tokenizer without a tokenizer.json, which onnxruntime's users need")
     pixels = onnx_captioner.Pixels(bundle.image_processor.to_dict(), what)

@@ -35,6 +35,7 @@ from captioning.cli import encoders, note
 from captioning.files import is_full_disk, read_json, write_whole
 from captioning.model import two_encoders  # noqa: F401 (from here on transformers knows their configuration)
 from captioning.model.limits import check_files, check_processor, check_sides, read_settings
+from captioning.model.strip import middle
 
 MOST_TOKENS = 4_000_000  # of a tokenizer
 MOST_SIDE = 4096  # pixels, of what an encoder sees
@@ -505,6 +506,8 @@ class Pixels:
 
     def __init__(self, image_processor):
         self.image_processor = image_processor
+        size = dict(image_processor.size) if image_processor.do_resize else {}
+        self.edge = None if size.get("longest_edge") else size.get("shortest_edge")
         scale = image_processor.rescale_factor if image_processor.do_rescale else 1.0
         mean, std = 0.0, 1.0
         if image_processor.do_normalize:
@@ -525,6 +528,7 @@ class Pixels:
 
     def __call__(self, image: Image.Image) -> np.ndarray:
         """An RGB image -> uint8 (3, height, width), resized and cropped."""
+        image = middle(image, self.edge)
         return self.image_processor(image, do_rescale=False, do_normalize=False, return_tensors="np").pixel_values[0]
 
     def normalise(self, pixels: torch.Tensor) -> torch.Tensor:

@@ -217,4 +217,7 @@ def read_pickle(file: Path, what: str) -> dict[str, torch.Tensor]:
     for name, tensor in content.items():
         if tensor.is_sparse or tensor.numel() * tensor.element_size() > tensor.untyped_storage().nbytes():
             raise InputError(f"{what}: {name} in {file.name} is larger than what the file holds of it; {remedy}")
+    # Each gets memory of its own later. Names may share a tensor, as tied embeddings do, but not by the thousand.
+    if sum(tensor.numel() * tensor.element_size() for tensor in content.values()) > 3 * size + 1_000_000:
+        raise InputError(f"{what}: the tensors of {file.name} together are far larger than the file; {remedy}")
     return content

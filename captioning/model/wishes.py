@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import re
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, fields
 
@@ -23,6 +24,7 @@ import regex
 from captioning import InputError
 
 CASES = ("as-is", "lower", "sentence")
+MOST_LENGTH_PENALTY = 10  # with a higher power of 1,024 tokens, scores would leave the range of float32
 # Writing without spaces between words. Next to it, no space is needed for a word to be a whole one.
 _UNSPACED = regex.compile(r"[\p{Han}\p{Hiragana}\p{Katakana}\p{Bopomofo}\p{Thai}\p{Lao}\p{Khmer}\p{Myanmar}]")
 _IN_WORD = r"[\p{L}\p{M}\p{N}]"
@@ -31,7 +33,8 @@ _SPACED_WORD = re.compile(r"(?:[^\w\s]|_)*[^\W_]\S*")
 _OPENING, _CLOSING = r"\"'\u201c\u2018«(\[¿¡", r".,;:!?…\"\u201d»)\]"
 _STOP = r"[.!?…\u3002\uff01\uff1f][\"'\u201d\u2019»)\]]*"
 _ENDED = regex.compile(_STOP + "$")
-_SENTENCE_START = regex.compile(rf"(?:^|{_STOP}\s+)[^\p{{L}}\p{{N}}]*\p{{Ll}}")
+# A small letter, but not that of "iPhone".
+_SENTENCE_START = regex.compile(rf"(?:^|{_STOP}\s+)[^\p{{L}}\p{{N}}]*\p{{Ll}}(?![\p{{L}}\p{{M}}]*\p{{Lu}})")
 _SPACE_BEFORE = regex.compile(r"\s+(?=[.,;:!?…]+(?:\s|$))")
 # A letter that no caption has. Written to the end of a text, it says that the last word goes on.
 _GOES_ON = "\U00010300"
@@ -84,7 +87,7 @@ class Wishes:
             for word in words:
                 if not _WORD.search(word):
                     raise InputError(f"--{name} '{word}' has no letter and no digit in it; name words")
-            set_(name, tuple({word.casefold(): word for word in words}.values()))
+            set_(name, tuple({_fold(word): word for word in words}.values()))
         self._check_values()
         self._check_contradictions()
 
@@ -97,8 +100,9 @@ class Wishes:
             value = getattr(self, name)
             if value is not None and not 0 < value < float("inf"):
                 raise InputError(f"--{name} {value} is not above 0")
-        if self.length_penalty is not None and not abs(self.length_penalty) < float("inf"):
-            raise InputError(f"--length_penalty {self.length_penalty} is not a number")
+        most = MOST_LENGTH_PENALTY
+        if self.length_penalty is not None and not abs(self.length_penalty) <= most:
+            raise InputError(f"--length_penalty {self.length_penalty} is not between -{most} and {most}")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise InputError(f"--top_p {self.top_p} is not between 0 and 1")
         if not 0 <= self.seed < 2**32:
@@ -176,7 +180,7 @@ class Wishes:
     def problems(self, text: str) -> list[str]:
         """What is wrong with a finished caption, in words; empty where it is as asked."""
         found = []
-        if self.prefix and not text.casefold().startswith(self.prefix.casefold()):
+        if self.prefix and not _fold(text).startswith(_fold(self.prefix)):
             found.append(f"does not begin with '{self.prefix}'")
         number = len(words_of(text))
         if number < self.min_words:
@@ -283,12 +287,13 @@ def _whole(word: str, before: str, after: str) -> str:
 
 
 def _tidy(text: str) -> str:
-    return " ".join(text.split())
+    """White space as single spaces, and letters with their accents as one character each where there is one (NFC)."""
+    return unicodedata.normalize("NFC", " ".join(text.split()))
 
 
 def _fold(text: str) -> str:
-    """Letter case aside. Each letter stays one where it can, so that places in both texts agree."""
-    return text.casefold()
+    """Letter case aside, and in whichever of two ways letters with accents are written."""
+    return unicodedata.normalize("NFC", text).casefold()
 
 
 def _capital(letter: str) -> str:
@@ -296,13 +301,11 @@ def _capital(letter: str) -> str:
 
 
 def _replaced(pattern: regex.Pattern[str], word: str, text: str) -> str:
-    """`text` with `word` as it is written wherever `pattern` finds it in the folded text."""
-    folded = _fold(text)
-    if len(folded) != len(text):
-        return text
-    for match in _spans(pattern, folded):
-        if match[1] - match[0] == len(word):
-            text = text[: match[0]] + word + text[match[1] :]
+    """`text`, tidied, with `word` as it is written wherever `pattern` finds it in the folded text."""
+    letters = list(map(_fold, text))
+    places = [place for place, folded in enumerate(letters) for _ in folded]  # a folded ß is two letters
+    for start, end in reversed(list(_spans(pattern, "".join(letters)))):
+        text = text[: places[start]] + word + text[places[end - 1] + 1 :]
     return text
 
 

@@ -46,7 +46,7 @@ class Difference:
         low, high: its 95 % interval by the paired bootstrap.
         p: of the hypothesis that there is no difference, two-sided, by the same draws (Riezler and Maxwell, 2005,
             https://aclanthology.org/W05-0908): the share of draws whose difference is as far from `value` as `value` is
-            from 0. At least 1 / (resamples + 1).
+            from 0. At least 1 / (resamples + 1). One image says nothing of others: 1.
     """
 
     value: float
@@ -87,10 +87,12 @@ def differences_of(
     found = {}
     for name in first.keys() & second.keys():
         drawn, value = first[name] - second[name], ours.scores[name] - theirs.scores[name]
-        # Differences of rounding are none: two equal captioners must not differ with certainty.
-        as_far = int((abs(drawn - drawn.mean()) >= abs(value) - 1e-12).sum())
+        # Differences of rounding are none. Two equal captioners must not differ with certainty, and where few images
+        # differ, many draws are exactly as far from `value` as it is from 0.
+        rounding = 1e-12 * max(1.0, abs(ours.scores[name]), abs(theirs.scores[name]))
+        as_far = int((abs(drawn - value) >= abs(value) - rounding).sum())
         low, high = _interval(drawn)
-        found[name] = Difference(value, low, high, (as_far + 1) / (len(drawn) + 1))
+        found[name] = Difference(value, low, high, (as_far + 1) / (len(drawn) + 1) if len(ours.ids) > 1 else 1.0)
     return {name: found[name] for name in ours.scores if name in found}
 
 

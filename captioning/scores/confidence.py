@@ -319,7 +319,9 @@ def reliability_of(confidences: Mapping[Any, float], cider_d: Mapping[Any, float
 
 def told(found: Mapping[str, Any]) -> str:
     """`reliability_of` in one line."""
-    ranks = f"AUROC {found['auroc']:.3f} for CIDEr-D from {found['right_from_cider_d']:g}, " if found["auroc"] else ""
+    ranks = ""
+    if found["auroc"] is not None:
+        ranks = f"AUROC {found['auroc']:.3f} for CIDEr-D from {found['right_from_cider_d']:g}, "
     return (
         f"confidence: {ranks}expected calibration error {found['expected_calibration_error']:.3f}; without the least "
         f"sure fifth, CIDEr-D changes by {found['cider_d_gained_without_the_least_sure_fifth']:+.3f}"
