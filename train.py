@@ -17,6 +17,7 @@ import contextlib
 import functools
 import math
 import os
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -80,6 +81,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
     notes = record.Record(words)
     say: Say = cli.note if training.process_index == 0 else lambda _: None
 
+    precision.refuse_others(training)
     say(f"precision: {computed_in}; final scores in float32")
 
     # Data
@@ -128,15 +130,20 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
             cache_features(bundle, datasets, args.augment, training, say)
 
     # Training
-    trainer = make_trainer(bundle, datasets, rates, args, training, description["source"], say)
+    with hub_explained("--push_to_hub: there can be no repository"):
+        trainer = make_trainer(bundle, datasets, rates, args, training, description["source"], say)
     checkpoint = args.checkpoint()
     if checkpoint:
         say(f"going on from {checkpoint}")
     elif args.resume_from_checkpoint:
         say(f"no whole checkpoint in '{args.output_dir}': starting anew")
     file = args.output_dir / "config.yaml"
-    if trainer.is_world_process_zero() and not (checkpoint and file.exists()):  # a run goes on as it began
-        write_whole(file, config.dump(args, training, arguments.trainer_defaults(), file))
+    told = config.dump(args, training, arguments.trainer_defaults(), file)
+    if checkpoint and file.exists():
+        if changed := config.differences(file.read_text(encoding="utf-8"), told):
+            say(f"goes on otherwise than it began: {', '.join(changed)}")
+    elif trainer.is_world_process_zero():
+        write_whole(file, told)
     with notes.phase("training"), contextlib.redirect_stdout(sys.stderr):  # trackers speak: stdout is for results
         seconds = trainer.train(resume_from_checkpoint=checkpoint and str(checkpoint)).metrics["train_runtime"]
     notes.move("training", "evaluations", trainer.throughput.evaluated)
@@ -144,11 +151,14 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
         say(trainer.throughput.line(seconds, training.world_size, training.device))
     lora.merge(bundle.model)
     if trainer.is_world_process_zero():
+        write_whole(file, told)  # a run that went on may have gone on otherwise
         captioner.save(bundle, args.output_dir)  # before any evaluation in half precision rounds the weights
 
     # Scores of the weights that are kept, as inference.py computes them. The test split is seen here, once.
     best = training.load_best_model_at_end and trainer.state.best_model_checkpoint
     kept = trainer.state.best_global_step if best else None
+    for dataset in datasets.values():
+        dataset.features = ()  # of float16, and in the precision of the training
     with notes.phase("scoring"):
         losses = {name: trainer.losses_of(datasets[name]) for name in ("validation", "test")}
 
@@ -198,11 +208,31 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
         said = [predictions[image_id] for image_id in splits["test"].image_id]
         if warning := monotony.warning(said, splits["test"].captions):
             say(f"warning: {cli.printable(warning)}")
-        say(f"written to {args.output_dir}; next: python inference.py --model_path {args.output_dir} --image_path ...")
+        folder = shlex.quote(str(args.output_dir))
+        say(f"written to {args.output_dir}; next: python inference.py --model_path {folder} --image_path ...")
     if training.push_to_hub:
-        trainer.push_to_hub()
+        with hub_explained(f"'{args.output_dir}' is whole, but it cannot be uploaded"):
+            trainer.push_to_hub()
     trainer.accelerator.end_training()
     return 0
+
+
+@contextlib.contextmanager
+def hub_explained(what: str) -> Iterator[None]:
+    """An error of the hub's library, or of the network below it, as one sentence that begins with `what`."""
+    try:
+        yield
+    except Exception as error:
+        if type(error).__module__.partition(".")[0] not in (
+            "huggingface_hub",
+            "httpx",
+            "httpx2",
+            "httpcore",
+            "requests",
+        ):
+            raise
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise InputError(f"{what} ({reason}); look at the network and at the token, and try again") from error
 
 
 @contextlib.contextmanager
@@ -419,10 +449,9 @@ def make_trainer(
         if args.self_critical_epochs:
             raise InputError("--self_critical_epochs needs packing, which this decoder cannot do; name another one")
         say("packing: off, because the decoder does not keep packed captions apart")
-    images = training.train_batch_size * training.gradient_accumulation_steps * training.world_size
     say(
         f"device: {training.device}, {training.world_size} process(es), "
-        f"{images} images per update, "
+        f"{arguments.images_per_update(training)} images per update, "
         f"{training.dataloader_num_workers} data worker(s) each; "
         f"captions {'packed per image' if packed else 'one per row'}"
     )

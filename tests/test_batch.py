@@ -150,6 +150,21 @@ def test_an_augmented_image_depends_on_seed_epoch_and_image_alone(prepared):
     assert later[1, 0].shape == first[0].shape and later[1, 0].dtype == np.uint8
 
 
+def test_an_image_whose_id_is_below_zero_has_variants_too(prepared, monkeypatch):
+    rows = folder.load_prepared(prepared)[0]["train"].select(range(1))
+    pixels = parts.Pixels(parts.load_image_processor(prepared))
+    dataset = batches.CaptionDataset(rows, pixels, augment=True, seed=1)
+    seen = {}
+    for image_id in (-7, 7, 2**40):
+        monkeypatch.setattr(type(rows), "labelled", lambda split, row, id=image_id: {"image_id": id, "labels": []})
+        seen[image_id] = dataset[3]["pixels"]
+        if image_id > 0:
+            rng = np.random.default_rng((1, 3, image_id))
+            expected = pixels(batches.augmented(rows.image(0), rng, dataset.may_mirror(rows.captions_of(0))))
+            assert np.array_equal(seen[image_id], expected), "those of ids above are as ever"
+    assert not np.array_equal(seen[-7], seen[7])
+
+
 def test_only_images_whose_captions_name_no_side_are_mirrored():
     gradient = Image.fromarray(np.tile(np.linspace(0, 255, 64, dtype=np.uint8)[None, :, None], (64, 1, 3)))
 

@@ -2,7 +2,9 @@
 
 import contextlib
 import copy
+import os
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ from captioning.data.folder import load_prepared
 from captioning.model import captioner, packing, parts
 from captioning.training import batches, features
 from captioning.training.arguments import read
+from captioning.training.trainer import CaptionTrainer
 
 
 @pytest.fixture
@@ -169,6 +172,20 @@ def test_an_interrupted_computation_goes_on_where_it_stopped(bundle_and_data, tm
     assert {path.suffix for path in (tmp_path / "resumed").iterdir()} == {".npy"}
 
 
+def test_what_another_machine_may_be_writing_is_left_alone(bundle_and_data, tmp_path):
+    """Its processes are not known here, and on some disks its locks do not hold here."""
+    bundle, dataset = bundle_and_data
+    compute(bundle, dataset, tmp_path)
+    (block,) = tmp_path.glob("*.npy")
+    block.unlink()
+    new, old = (tmp_path / f".999999999.0000000{number}.{block.name}" for number in range(2))
+    for part in (new, old):
+        part.touch()
+    os.utime(old, times=(0, time.time() - 2 * features.ABANDONED))
+    compute(bundle, dataset, tmp_path)
+    assert sorted(tmp_path.iterdir()) == [new, block]
+
+
 def test_processes_share_the_blocks_and_one_that_dies_is_replaced(bundle_and_data, tmp_path, monkeypatch):
     """Two at work on one folder, a third that stops in the middle: the bytes of one process alone, each block once."""
     bundle, dataset = bundle_and_data
@@ -224,7 +241,14 @@ def test_no_room_is_said_before_anything_is_computed(bundle_and_data, tmp_path, 
         compute(bundle, dataset, tmp_path)
 
 
-def test_training_on_cached_features_gives_the_live_runs_weights(prepared, tmp_path):
+def test_training_on_cached_features_gives_the_live_runs_weights(prepared, tmp_path, monkeypatch):
+    forward, seen = CaptionTrainer.forward, set()
+
+    def watched(self, model, batch):
+        seen.add(("final" if self._only_loss else "training", "features" if "features" in batch else "pixels"))
+        return forward(self, model, batch)
+
+    monkeypatch.setattr(CaptionTrainer, "forward", watched)
     common = [
         f"--data_path={prepared}",
         "--freeze_encoder",
@@ -244,6 +268,8 @@ def test_training_on_cached_features_gives_the_live_runs_weights(prepared, tmp_p
         else:
             # Adam turns a rounding of the features into up to a full step where a gradient is near zero.
             assert (live[name] - cached[name]).abs().mean() < 1e-4, name
+    expected = {("training", "pixels"), ("training", "features"), ("final", "pixels")}
+    assert seen == expected, "final losses are in float32, and kept features are not"
 
 
 def test_caching_a_moving_encoder_is_refused(prepared, tmp_path, capsys):

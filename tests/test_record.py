@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import subprocess
 
 import pytest
@@ -66,6 +67,34 @@ def test_the_command_line_comes_before_the_file(data, tmp_path):
     assert (training.seed, training.num_train_epochs, args.packing) == (3, 7, False)
 
 
+def test_what_follows_from_a_flag_follows_from_another_value_of_it_too(data, tmp_path):
+    """A file of a run by CIDEr-D says nothing that would make the highest loss the best."""
+    file = tmp_path / "config.yaml"
+
+    def again(before, *now):
+        args, training = both([f"--data_path={data}", f"--output_dir={tmp_path / 'run'}", *before])
+        file.write_text(config.dump(args, training, arguments.trainer_defaults(), file))
+        return both([f"--config={file}", *now])[1]
+
+    by_loss = again([], "--metric_for_best_model=loss")
+    assert by_loss.greater_is_better is False and by_loss.load_best_model_at_end
+    assert again(["--metric_for_best_model=loss"], "--metric_for_best_model=cider_d").greater_is_better is True
+    assert again(["--eval_strategy=no"], "--eval_strategy=epoch").load_best_model_at_end
+    assert not again([], "--save_strategy=no").load_best_model_at_end
+    assert not again(["--dataloader_num_workers=1"], "--dataloader_num_workers=0").dataloader_persistent_workers
+    plateau = ["--lr_scheduler_type=reduce_lr_on_plateau"]
+    assert again(plateau, "--metric_for_best_model=loss").lr_scheduler_kwargs == {"mode": "min"}
+
+
+def test_a_run_that_goes_on_otherwise_says_so(data, tmp_path):
+    texts = []
+    for words in (["--epochs=20", "--dropout=0.2"], ["--seed=3", "--use_cpu"]):
+        args, training = both([f"--data_path={data}", f"--output_dir={tmp_path / 'run'}", *words])
+        texts.append(config.dump(args, training, arguments.trainer_defaults(), tmp_path / "run" / "config.yaml"))
+    assert config.differences(*texts) == ["epochs 10.0 (was 20.0)", "dropout None (was 0.2)", "seed 3 (was 0)"]
+    assert config.differences(texts[0], texts[0]) == config.differences("a person's: file", texts[0]) == []
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [
@@ -75,6 +104,12 @@ def test_the_command_line_comes_before_the_file(data, tmp_path):
         ("learning_rat: 3\n", "unknown flag 'learning_rat'; did you mean --learning_rate?"),
         ("seed: many\n", "--seed takes an integer, not 'many'"),
         ("dropout: 2\n", "--dropout 2 is not between 0 and 1"),
+        ("epochs: 3\nseed: 1\nepochs: 5\n", "has 'epochs' twice; keep one of them"),
+        ("learning-rate: 3\nlearning_rate: 4\n", "has 'learning_rate' twice"),
+        ("epochs: [1, 2]\n", "'epochs' takes one value, not the list [1, 2]"),
+        ("seed: [1, 2]\n", "'seed' takes one value"),
+        ("resume_from_checkpoint: auto\n", "'resume_from_checkpoint' belongs on the command line"),
+        ("hub_token: hf_secret\n", "'hub_token' belongs on the command line"),
     ],
 )
 def test_files_that_are_no_flags(content, message, data, tmp_path, capsys):
@@ -109,6 +144,44 @@ def test_a_run_is_repeated_to_the_bit(run, tmp_path):
     told, again = (json.loads((folder / "results.json").read_text()) for folder in (run, tmp_path / "again"))
     assert told["run"]["fingerprints"] == again["run"]["fingerprints"]
     assert told["test"] == again["test"] and told["evaluations"] == again["evaluations"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("README.md", "mine"), ("config.yaml", "mine: 1"), ("model.safetensors", ""), ("results.json", "{}")],
+)
+def test_files_of_another_run_or_of_a_person_are_not_replaced(name, content, run, data, tmp_path, capsys):
+    """Neither by a new run, nor by one that goes on from a checkpoint elsewhere."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / name).write_text(content)
+    checkpoint = next(run.glob("checkpoint-*"))
+    for words in ([], ["--resume_from_checkpoint=auto"], ["--resume_from_checkpoint", str(checkpoint)]):
+        with pytest.raises(SystemExit):
+            train.main([f"--data_path={data}", f"--output_dir={folder}", *words])
+        assert f"holds a {name}, which this run would replace; name another folder" in capsys.readouterr().err
+    assert [path.name for path in folder.iterdir()] == [name] and (folder / name).read_text() == content
+    (folder / name).unlink()
+    (folder / "checkpoint-3").mkdir()
+    for words in (["--resume_from_checkpoint=false"], ["--resume_from_checkpoint", str(checkpoint)]):
+        with pytest.raises(SystemExit):
+            train.main([f"--data_path={data}", f"--output_dir={folder}", *words])
+        assert "holds checkpoints of an earlier run" in capsys.readouterr().err
+
+
+def test_everybody_may_read_the_weights_who_may_read_the_rest(run):
+    modes = {path.name: path.stat().st_mode for path in [*run.glob("*"), *run.glob("checkpoint-*/*")] if path.is_file()}
+    assert modes["model.safetensors"] == modes["config.json"] == modes["results.json"]
+
+
+def test_no_network_is_one_sentence(data):
+    import httpx
+
+    sentence = r"there can be no repository \(nobody answers\); look at the network"
+    with pytest.raises(InputError, match=sentence), train.hub_explained("there can be no repository"):
+        raise httpx.ConnectError("nobody answers")
+    with pytest.raises(KeyError), train.hub_explained("x"):
+        raise KeyError
 
 
 def test_results_are_strict_json_and_tell_what_the_run_was(run, few):
@@ -163,10 +236,11 @@ def test_the_commit_of_the_code_is_told_where_there_is_one(tmp_path):
     assert record.revision(tmp_path / "below") is None  # a copy of the code in somebody else's checkout
 
 
-def test_a_token_is_no_part_of_the_command_nor_of_the_flags(data, tmp_path):
+def test_a_token_is_no_part_of_the_command_nor_of_the_flags(data, tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_TOKEN", "of the shell")
     words = [f"--data_path={data}", "--push_to_hub", "--hub_model_id=a/b", "--hub_token=hf_secret"]
     args, training = both(words)
-    assert training.hub_token == "hf_secret"
+    assert training.hub_token is None and os.environ["HF_TOKEN"] == "hf_secret"  # training_args.bin is uploaded
     assert "hf_secret" not in config.dump(args, training, arguments.trainer_defaults(), tmp_path / "config.yaml")
     words = ["--hub_token", "a", "--seed", "1", "--hub-token=b", "--hub_model_id=c"]
     assert record.without_secrets(words) == ["--hub_token", "...", "--seed", "1", "--hub_token=...", "--hub_model_id=c"]

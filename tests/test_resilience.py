@@ -27,6 +27,7 @@ import train
 from captioning import InputError
 from captioning.files import lock
 from captioning.training import resilience
+from captioning.training.resumable import flags_for
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +314,32 @@ def test_a_checkpoint_that_fails_takes_no_earlier_one_with_it(undisturbed, tmp_p
     assert not checkpoint.exists()
 
 
+def test_a_checkpoint_that_says_less_is_continued_with_flags_that_it_does_not_know(few, undisturbed, tmp_path):
+    """One of an earlier version, with --patience and --eval_on_start added: the end is that of an undisturbed run."""
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    shutil.rmtree(folder / "checkpoint-9")
+    file = folder / "checkpoint-6" / resilience.STATE
+    state = json.loads(file.read_text())
+    assert state["stateful_callbacks"].pop("Resumed")
+    file.write_text(json.dumps(state))
+    more = ["--resume_from_checkpoint=auto", "--patience=2", "--eval_on_start"]
+    finished(arguments(few, folder, *more), tmp_path / "log")
+    assert_as_undisturbed(folder, undisturbed)
+    state = json.loads((folder / "checkpoint-9" / resilience.STATE).read_text())
+    evaluated = [entry["step"] for entry in state["log_history"] if "eval_loss" in entry]
+    assert evaluated == [3, 6, 9], "it is not at its start, and patience counts no evaluation twice"
+    kept = {name: state["stateful_callbacks"][name]["attributes"] for name in ("Patience", "Resumed")}
+    assert kept["Patience"]["early_stopping_patience_counter"] <= 1
+    assert kept["Resumed"]["images_per_update"] == 8 and kept["Resumed"]["--decoder_lr"] == "0.001"
+
+
+def test_a_stop_in_the_evaluation_before_the_first_update_is_a_stop(few, tmp_path):
+    before = functools.partial(signalled, "prediction_step", 0, signal.SIGTERM)
+    run = Training(arguments(few, tmp_path / "run", "--eval_on_start"), tmp_path / "log", before)
+    assert run.wait() == 130, run.said()
+    assert run.said().endswith("\nstopped\n") and "Traceback" not in run.said()
+
+
 def test_patience_and_the_end_are_where_the_checkpoint_left_them(few, tmp_path):
     folder, log, resume = tmp_path / "run", tmp_path / "log", "--resume_from_checkpoint=auto"
     common = ["--epochs=5", "--metric_for_best_model=loss", "--greater_is_better=True", "--patience=2"]
@@ -351,6 +378,47 @@ def test_a_run_goes_on_as_it_began_or_not_at_all(changed, reason, undisturbed, f
     with pytest.raises(InputError, match=rf"{reason}.*; start a new one from it with --model_path '.*checkpoint-9'"):
         train.main([*arguments(few, folder, "--epochs=5", "--resume_from_checkpoint=auto"), *more])
     assert contents(folder) == before
+
+
+ALL = "--cross_attention_lr {0} --decoder_lr {0} --encoder_lr {0}"
+
+
+@pytest.mark.parametrize(
+    ("changed", "before", "now", "keep"),
+    [
+        ("--decoder_lr=5e-5", "--decoder_lr 0.001", "--decoder_lr 5e-05", None),
+        ("--learning_rate=5e-4", ALL.format("0.001"), ALL.format("0.0005"), None),
+        ("--weight_decay=0", "--weight_decay 0.01", "--weight_decay 0.0", None),
+        ("--optim=sgd", "--optim adamw_torch_fused", "--optim sgd", None),
+        ("--adam_beta2=0.9", "--adam_beta2 0.98", "--adam_beta2 0.9", None),
+        ("--per_device_train_batch_size=4", "8 images per update", "4", "--gradient_accumulation_steps 2"),
+        ("--per_device_train_batch_size=16", "8 images per update", "16", "--per_device_train_batch_size 8"),
+    ],
+)
+def test_a_run_goes_on_with_its_rates_and_its_updates(changed, before, now, keep, undisturbed, few, tmp_path):
+    folder = shutil.copytree(undisturbed, tmp_path / "run")
+    with pytest.raises(InputError) as refused:
+        train.main(arguments(few, folder, "--epochs=5", "--resume_from_checkpoint=auto", changed))
+    checkpoint = folder / "checkpoint-9"
+    assert str(refused.value) == (
+        f"'{checkpoint}' is of a run with {before}, not {now}, and a run goes on as it began; give {keep or before}, "
+        f"or start a new one from it with --model_path '{checkpoint}' and another --output_dir"
+    )
+
+
+@pytest.mark.parametrize(
+    ("size", "accumulation", "processes", "remedy"),
+    [
+        (4, 1, 1, "give --gradient_accumulation_steps 6"),  # one of two machines died
+        (12, 3, 1, "give --gradient_accumulation_steps 2"),
+        (5, 4, 3, "give --per_device_train_batch_size 2"),
+        (5, 5, 2, "give --per_device_train_batch_size 12 --gradient_accumulation_steps 1"),
+        (4, 1, 5, "start another number of processes than 5, which cannot share them evenly"),
+    ],
+)
+def test_what_keeps_the_images_of_an_update(size, accumulation, processes, remedy):
+    now = SimpleNamespace(train_batch_size=size, gradient_accumulation_steps=accumulation, world_size=processes)
+    assert flags_for(24, now) == remedy
 
 
 # ---- one run for one folder
@@ -645,6 +713,22 @@ def test_processes_that_begin_with_other_checkpoints_are_refused(undisturbed, fe
     assert [run.wait() for run in runs] == [2, 2], runs[0].said()
     for run in runs:
         assert f"process 1 begins with another update than process 0 (0, not {step}); --output_dir has" in run.said()
+
+
+def multiplies_in_bfloat16_or_not():
+    from captioning.model import fast
+
+    fast.multiplies_in_bfloat16 = lambda: os.environ["RANK"] == "1"
+
+
+def test_machines_of_two_precisions_are_refused(few, tmp_path):
+    words = [word for word in arguments(few, tmp_path / "run") if word != "--bf16=False"]
+    runs = several(2, words, tmp_path / "logs", multiplies_in_bfloat16_or_not)
+    assert [run.wait() for run in runs] == [2, 2], runs[0].said()
+    for run in runs:
+        assert "process 1 would train in bfloat16 and process 0 in float32, as their machines compute; " in run.said()
+        assert run.said().endswith("give --bf16 or --bf16 False to all of them\n")
+    assert not (tmp_path / "run").exists()
 
 
 @pytest.mark.slow

@@ -168,7 +168,8 @@ def warnings(found: Comparison, results: Sequence[Mapping[str, Any]], split: str
 def file_name(names: Sequence[str], split: str) -> str:
     """The name of a comparison's page: comparisons of other runs have other names."""
     runs = "_".join("".join(c if c.isalnum() or c in ".-" else "_" for c in name) for name in names)
-    return f"comparison_{runs[:120]}_{split}.html"
+    runs = runs.encode()[:200].decode(errors="ignore")  # disks take names of 255 bytes
+    return f"comparison_{runs}_{split}.html"
 
 
 def short_names(paths: Sequence[str]) -> list[str]:

@@ -94,6 +94,7 @@ def report_page(
         "report.html.jinja",
         title=wording.title(results["model"]["encoder"], results["model"]["decoder"]),
         images=results["data"]["images"],
+        chosen=results["checkpoint"] != "last",
         source=results["data"]["source"],
         author=wording.author(results["data"]["source"]),
         protocol=results["protocol"],
@@ -139,7 +140,7 @@ def _curves(log_history: Sequence[dict], kept: int) -> dict[str, Any]:
     evaluations = dict(sorted(evaluations.items()))
     logged = {key for entry in evaluations.values() for key in entry}
     shown = [key for key in ("loss", *BRIEF_KEYS) if f"eval_{key}" in logged]
-    alt = "Train loss, validation loss and validation scores by epoch."
+    alt = f"By epoch: {', '.join(title for title, _ in panels)}."
     if len(evaluations) > 1:
         first, last = evaluations[min(evaluations)], evaluations[max(evaluations)]
         alt += " From the first evaluation to the last, " + ", ".join(

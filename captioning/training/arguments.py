@@ -161,18 +161,39 @@ class Arguments:
         if any(folder.is_file() for folder in self.output_dir.absolute().parents):
             raise InputError(f"--output_dir '{self.output_dir}' lies below a file; name another folder")
         refuse_links(self.output_dir, "--output_dir")
-        self.checkpoint()
+        checkpoint = self.checkpoint()
         for folder in self.folders():
             cache = folder / ".features"
             if self.cache_features and cache.is_symlink():
                 raise InputError(f"'{cache}' is a link, and nothing is written through one; put a folder in its place")
             if self.cache_features:
                 refuse_links(cache, "--data_path")
-        if self.resume_from_checkpoint is None and any(self.output_dir.glob("checkpoint-*")):
+        self._refuse_another_run(checkpoint)
+
+    def _refuse_another_run(self, checkpoint: Path | None) -> None:
+        """Refuse an `--output_dir` in which this run would destroy another, or files that are no run's."""
+        folder = self.output_dir
+        if os.environ.get("RANK", "0") != "0":  # it writes nothing there
+            return
+        if checkpoint and checkpoint.resolve().parent == folder.resolve():
+            return
+        if not self._looks_for_one() and any(folder.glob("checkpoint-*")):
             raise InputError(
-                f"--output_dir '{self.output_dir}' holds checkpoints of an earlier run; continue it with "
+                f"--output_dir '{folder}' holds checkpoints of an earlier run; continue it with "
                 "--resume_from_checkpoint auto, remove the folder, or name another"
             )
+        there = next((name for name in FINISHED if (folder / name).exists()), None)
+        if not there and (file := folder / "config.yaml").is_file() and not config.is_ours(file):
+            there = file.name
+        if there:
+            raise InputError(
+                f"--output_dir '{folder}' holds a {there}, which this run would replace; name another folder, or "
+                "remove it"
+            )
+
+    def _looks_for_one(self) -> bool:
+        """Whether `--resume_from_checkpoint` takes the newest checkpoint of `--output_dir`, if there is one."""
+        return (self.resume_from_checkpoint or "").lower() in ("auto", "true")
 
     def folders(self) -> list[Path]:
         """The folders that `--data_path` names.
@@ -196,7 +217,7 @@ class Arguments:
         asked = self.resume_from_checkpoint
         if asked is None or asked.lower() == "false":
             return None
-        if asked.lower() in ("auto", "true"):
+        if self._looks_for_one():
             return resilience.newest_checkpoint(self.output_dir)
         if reason := resilience.damage(Path(asked)):
             raise InputError(
@@ -216,6 +237,9 @@ class Arguments:
         told += ["self_critical_lr"] if self.self_critical_epochs else []
         return {name: getattr(self, name) for name in told}
 
+
+# What a run writes into its folder at its end.
+FINISHED = ("model.safetensors", "config.json", "results.json", "README.md", "report.html")
 
 # ---- the Trainer's flags
 
@@ -270,7 +294,7 @@ def read(argv: Sequence[str] | None) -> tuple[Arguments, list[str]]:
     kinds = training_argument_types()
     theirs = [f"--{name}" for name in kinds] + [f"--no_{name}" for name, kind in kinds.items() if kind == "bool"]
     try:
-        ours = {field.name: field.default for field in dataclasses.fields(Arguments)}
+        ours = {field.name: field for field in dataclasses.fields(Arguments)}
         words = config.with_config(words, ours, kinds)
     except InputError as error:
         parser.error(str(error))
@@ -383,6 +407,9 @@ def training_arguments(args: Arguments, rest: Sequence[str]) -> Seq2SeqTrainingA
         strategy = getattr(training, name)
         if option in given and strategy != "steps":
             raise InputError(f"{option} has no effect with --{name} {strategy.value}; leave one of the two out")
+    if training.hub_token:
+        # The library writes its arguments into each checkpoint and uploads them.
+        os.environ["HF_TOKEN"], training.hub_token = training.hub_token, None
     # What follows from other flags
     if training.dataloader_num_workers == 0:
         training.dataloader_persistent_workers = False
@@ -425,6 +452,11 @@ def saving_defaults(given: Mapping[str, str]) -> dict[str, Any]:
     return defaults
 
 
+def images_per_update(training: TrainingArguments) -> int:
+    """Over all processes."""
+    return training.train_batch_size * training.gradient_accumulation_steps * training.world_size
+
+
 @dataclass(frozen=True)
 class Length:
     """How long a training is, in updates.
@@ -442,14 +474,9 @@ class Length:
         return self.total if epochs == math.inf else min(self.total, round(epochs * self.per_epoch))
 
 
-def length(training: TrainingArguments, images: int, batch_size: int | None = None) -> Length:
-    """The length of a training on so many images, however it was given: in epochs or in updates.
-
-    Args:
-        batch_size: images at a time in each process, where `--auto_find_batch_size` has lowered it.
-    """
-    at_a_time = batch_size or training.train_batch_size
-    per_epoch = max(1, math.ceil(images / (at_a_time * training.gradient_accumulation_steps * training.world_size)))
+def length(training: TrainingArguments, images: int) -> Length:
+    """The length of a training on so many images, however it was given: in epochs or in updates."""
+    per_epoch = max(1, math.ceil(images / images_per_update(training)))
     total = training.max_steps if training.max_steps > 0 else math.ceil(training.num_train_epochs * per_epoch)
     return Length(per_epoch, total)
 

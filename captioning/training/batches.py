@@ -130,7 +130,8 @@ class CaptionDataset(torch.utils.data.Dataset):
         """
         image = self.split.image(index)
         if variant and self.augment:
-            rng = np.random.default_rng((self.seed, variant, self.split.labelled(index)["image_id"]))
+            image_id = self.split.labelled(index)["image_id"] % 2**64  # no seed is below 0
+            rng = np.random.default_rng((self.seed, variant, image_id))
             image = augmented(image, rng, self.may_mirror(self.split.captions_of(index)))
         return self.pixels(image)
 

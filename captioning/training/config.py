@@ -11,6 +11,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
+import shlex
 from collections.abc import Collection, Mapping, Sequence
 from enum import Enum
 from pathlib import Path
@@ -25,10 +27,13 @@ if TYPE_CHECKING:
 FLAG = "--config"
 # Told also where they have their defaults: people look for them, or the defaults are those of the machine.
 ALWAYS = {"seed", "learning_rate", "per_device_train_batch_size", "use_cpu", "bf16", "dataloader_num_workers"}
+OF_PLACE = {"output_dir", "data_path", "use_cpu", "dataloader_num_workers", "dataloader_persistent_workers"}
+DEFAULTS = "# These have their defaults:\n"
+OURS = "# Every flag of this run, with its value"
 LENGTH = {"epochs", "num_train_epochs", "max_steps"}  # they say one thing: of a training's length one is enough
 # What repeats a run is not what it was called with in the shell, nor who may upload it.
 LEFT_OUT = {"config", "resume_from_checkpoint", "help_all", "debug", "hub_token"}
-HEAD = """# Every flag of this run, with its value. To repeat it:
+HEAD = """{ours}. To repeat it:
 #
 #     python train.py --config {config} --output_dir ANOTHER_FOLDER
 #
@@ -37,15 +42,15 @@ HEAD = """# Every flag of this run, with its value. To repeat it:
 """
 
 
-def with_config(words: Sequence[str], ours: Mapping[str, Any], theirs: Mapping[str, str]) -> list[str]:
+def with_config(words: Sequence[str], ours: Mapping[str, dataclasses.Field], theirs: Mapping[str, str]) -> list[str]:
     """A command line in which the flags of its `--config` stand as words; those that it gives itself stay.
 
     Args:
-        ours: {name: default} of our flags.
+        ours: our flags by name.
         theirs: {name: type} of the Trainer's.
 
     Raises:
-        InputError: the file cannot be read, or names a flag that does not exist.
+        InputError: the file cannot be read, names a flag that does not exist, or gives one what it cannot be.
     """
     words = list(words)
     file = None
@@ -60,14 +65,43 @@ def with_config(words: Sequence[str], ours: Mapping[str, Any], theirs: Mapping[s
     if given & LENGTH:
         given |= LENGTH
     values = _read(Path(file))
-    for name in values:
+    for name, value in values.items():
         if name not in ours and name not in theirs:
             raise InputError(f"{FLAG} '{file}': unknown flag '{name}'; {cli.hint(f'--{name}', _options(ours, theirs))}")
+        if name in LEFT_OUT and value not in (None, False):
+            raise InputError(f"{FLAG} '{file}': '{name}' belongs on the command line; take it out of the file")
+        one = "list" not in str(ours[name].type) if name in ours else theirs[name] in ("int", "float", "bool")
+        if isinstance(value, list) and one:
+            raise InputError(f"{FLAG} '{file}': '{name}' takes one value, not the list {value}; correct it")
     found: list[str] = []
     for name, value in values.items():
         if name not in given and name not in LEFT_OUT:
-            found += _words(name, value, ours.get(name, ...), theirs.get(name, ""))
+            found += _words(name, value, ours[name].default if name in ours else ..., theirs.get(name, ""))
     return [*found, *words]
+
+
+def differences(before: str, now: str) -> list[str]:
+    """What differs between two texts of `dump`, such as "epochs 10 (was 20)", besides the place and the machine."""
+    old, new = (_all_of(text) for text in (before, now))
+    names = [name for name in new if name in old and name not in OF_PLACE and old[name] != new[name]]
+    return [f"{name} {new[name]} (was {old[name]})" for name in names]
+
+
+def _all_of(text: str) -> dict[str, Any]:
+    """The flags of a text of `dump`, those in comments too; {}: it is none."""
+    import yaml
+
+    own, _, rest = text.partition(DEFAULTS)
+    try:
+        return yaml.safe_load(own) | (yaml.safe_load(re.sub("(?m)^# ", "", rest)) or {})
+    except (yaml.YAMLError, TypeError):
+        return {}
+
+
+def is_ours(file: Path) -> bool:
+    """Whether a file is the `config.yaml` of a run."""
+    with file.open("rb") as opened:
+        return opened.read(len(OURS)) == OURS.encode()
 
 
 def _name(word: str) -> str:
@@ -82,8 +116,17 @@ def _options(*names: Collection[str]) -> list[str]:
 def _read(file: Path) -> dict[str, Any]:
     import yaml
 
+    class Loader(yaml.SafeLoader):
+        """Of a name that stands twice, YAML's own would take the last value without a word."""
+
+        def construct_mapping(self, node, deep=False):
+            names = [_normal(str(self.construct_object(key))) for key, _ in node.value]
+            if again := next((name for name in names if names.count(name) > 1), None):
+                raise InputError(f"{FLAG} '{file}' has '{again}' twice; keep one of them")
+            return super().construct_mapping(node, deep)
+
     try:
-        values = yaml.safe_load(file.read_text(encoding="utf-8-sig"))
+        values = yaml.load(file.read_text(encoding="utf-8-sig"), Loader)
     except OSError as error:
         raise InputError(f"{FLAG} '{file}' cannot be read: {error.strerror}; name a YAML file of flags") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
@@ -92,7 +135,11 @@ def _read(file: Path) -> dict[str, Any]:
         return {}
     if not isinstance(values, dict) or not all(isinstance(name, str) for name in values):
         raise InputError(f"{FLAG} '{file}' holds no mapping of flags to values, such as 'epochs: 10'; correct it")
-    return {name.removeprefix("--").replace("-", "_"): value for name, value in values.items()}
+    return {_normal(name): value for name, value in values.items()}
+
+
+def _normal(name: str) -> str:
+    return name.removeprefix("--").replace("-", "_")
 
 
 def _words(name: str, value: Any, default: Any, kind: str) -> list[str]:
@@ -145,12 +192,27 @@ def dump(args: Any, training: Seq2SeqTrainingArguments, defaults: Mapping[str, A
         else:
             del theirs[steps]
     plain = {name: _plain(value) for name, value in theirs.items()}
-    active = {name: value for name, value in plain.items() if name in told or value != _plain(defaults.get(name))}
+    follows = _what_follows(plain)
+    usual = {name: _plain(defaults.get(name)) for name in plain} | follows
+    active = {name: value for name, value in plain.items() if name in told or value != usual[name]}
     rest = {name: value for name, value in plain.items() if name not in active}
-    head = HEAD.format(config=file)
+    head = HEAD.format(ours=OURS, config=shlex.quote(str(file)))
     comments = "".join(f"# {line}\n" for line in _yaml(rest).splitlines())
     own = _yaml({name: _plain(value) for name, value in ours.items()})
-    return f"{head}{own}\n# Of the Trainer:\n{_yaml(active)}\n# These have their defaults:\n{comments}"
+    return f"{head}{own}\n# Of the Trainer:\n{_yaml(active)}\n{DEFAULTS}{comments}"
+
+
+def _what_follows(theirs: Mapping[str, Any]) -> dict[str, Any]:
+    """Flags of the Trainer that follow from others, if nobody says otherwise: with others, they are to be others."""
+    metric = theirs["metric_for_best_model"] or ""
+    found = {
+        "greater_is_better": not metric.endswith("loss"),
+        "load_best_model_at_end": "no" not in (theirs["eval_strategy"], theirs["save_strategy"]),
+        "dataloader_persistent_workers": theirs["dataloader_num_workers"] > 0,
+    }
+    if theirs["lr_scheduler_type"] in ("reduce_lr_on_plateau", "greedy"):
+        found["lr_scheduler_kwargs"] = {"mode": "max" if found["greater_is_better"] else "min"}
+    return found
 
 
 def _yaml(values: Mapping[str, Any]) -> str:

@@ -39,6 +39,7 @@ BLOCK = 256  # images: what an interruption loses at most, and what one of sever
 # Images at a time on a CPU at most. The activations of more are too large for malloc to keep: the system takes each
 # back and fills the next with zeros, which was a sixth of the time with 64 images of DINOv2-small, 32 of ViT-Base.
 CPU_BATCH = 8
+ABANDONED = 3600  # seconds; on some disks locks do not reach other machines, which may be writing there
 LOOK_AGAIN = 0.2  # seconds, while other processes compute what is still missing
 
 
@@ -216,6 +217,7 @@ class FeatureCache:
         done = len(dataset) - sum(block.shape[0] for block in missing)
         going_on = f" (going on, {done:,} images are there)" if done else ""
         self.say(f"features: {split}, {size / 1e6:,.0f} MB, to {self.folder / name}{going_on}")
+        remove_leftovers(self.folder, idle=ABANDONED)
         with (
             ThreadPoolExecutor(self.readers) as pool,
             cli.bar(
@@ -228,7 +230,6 @@ class FeatureCache:
                     waiting = _still_missing(waiting, bar)
                     with lock(block.path.with_suffix(".lock"), wait=False) as mine:
                         if mine and not block.is_there():
-                            remove_leftovers(self.folder, block.path.name)
                             self._write(block, dataset, variant, pool, bar)
                         else:  # another process is computing it, or has
                             waiting.append(block)

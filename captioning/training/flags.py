@@ -33,7 +33,7 @@ per_device_train_batch_size num_train_epochs max_steps learning_rate lr_schedule
 warmup_steps optim optim_args weight_decay adam_beta1 adam_beta2 adam_epsilon optim_target_modules
 gradient_accumulation_steps max_grad_norm label_smoothing_factor bf16 fp16 tf32 activation_checkpointing
 activation_checkpointing_kwargs gradient_checkpointing gradient_checkpointing_kwargs torch_compile
-torch_compile_backend torch_compile_mode neftune_noise_alpha auto_find_batch_size logging_strategy logging_steps
+torch_compile_backend torch_compile_mode neftune_noise_alpha logging_strategy logging_steps
 logging_first_step log_level log_level_replica disable_tqdm report_to run_name project trackio_space_id
 trackio_bucket_id trackio_static_space_id eval_strategy eval_steps eval_delay per_device_eval_batch_size
 eval_on_start eval_accumulation_steps save_strategy save_steps save_on_each_node save_total_limit push_to_hub
@@ -79,6 +79,8 @@ SPREAD = (
 # Flags without a use here, and why.
 REFUSED = {
     "accelerator_config": "train.py itself deals the images out to processes, each of them once",
+    "auto_find_batch_size": "it trains again from its beginning on weights that have moved already; lower "
+    "--per_device_train_batch_size and raise --gradient_accumulation_steps by the same factor",
     "bf16_full_eval": "final scores are those of inference.py, which computes in float32",
     "ddp_static_graph": "parts of the model begin to move on the way",
     "deepspeed": SPREAD,

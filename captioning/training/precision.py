@@ -2,6 +2,7 @@
 
     wish = asked(given, os.environ)                 # of the flags and of accelerate's launcher
     reason = settle(training, wish, checkpoint)     # in training.bf16 and training.fp16; for the log
+    refuse_others(training)                         # one precision for all processes
 
 Features, training and the evaluations on the way follow it. Final scores are computed in float32, as `inference.py`
 computes them. A checkpoint keeps the precision of its run, so that the run goes on in it on any machine.
@@ -11,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from captioning import InputError
 from captioning.training.resilience import kept_of_run
@@ -106,3 +107,23 @@ def settle(training: Seq2SeqTrainingArguments, wish: Wish | None, checkpoint: Pa
         reason = "this GPU multiplies in it" if training.bf16 else "this device does not multiply in bfloat16"
     training.mixed_precision = "bf16" if training.bf16 else "fp16" if training.fp16 else "no"
     return f"{NAMES[training.mixed_precision]} ({reason})"
+
+
+def refuse_others(training: Seq2SeqTrainingArguments) -> None:
+    """To be called by all processes together.
+
+    Raises:
+        InputError: one has settled on another precision than the first: its machine multiplies otherwise.
+    """
+    if training.world_size == 1:
+        return
+    import torch
+
+    found: list[Any] = [None] * training.world_size
+    torch.distributed.all_gather_object(found, name_of(training))
+    for other, name in enumerate(found):
+        if name != found[0]:
+            raise InputError(
+                f"process {other} would train in {name} and process 0 in {found[0]}, as their machines compute; give "
+                "--bf16 or --bf16 False to all of them"
+            )

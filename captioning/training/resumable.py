@@ -27,9 +27,11 @@ from transformers import (
     TrainerCallback,
     TrainerControl,
     TrainerState,
+    TrainingArguments,
     VisionEncoderDecoderModel,
 )
 from transformers.trainer_callback import ExportableState
+from transformers.training_args import OptimizerNames
 
 from captioning import InputError
 from captioning.files import read_json
@@ -39,6 +41,7 @@ from captioning.model.limits import check_files
 from captioning.model.parts import literal, read_config, refusing
 from captioning.model.weights import fingerprint, load_weights
 from captioning.training import precision
+from captioning.training.arguments import images_per_update
 from captioning.training.resilience import (
     STATE,
     LossWatch,
@@ -49,12 +52,14 @@ from captioning.training.resilience import (
     whole_checkpoint,
 )
 
+IMAGES = "images_per_update"  # what a checkpoint calls them
+
 # What is used of a trainer_state.json, which may come from somebody else.
 _entry = object_of(either(lambda value: None if isinstance(value, int | float) else "a number", text(), null))
 _maybe_number = either(number(), null)
 _callback = {
     "TrainerControl": {"args": object_of(flag), "attributes": object_of(flag, most=0)},
-    "Resumed": {"args": object_of(flag, most=0), "attributes": object_of(text())},
+    "Resumed": {"args": object_of(flag, most=0), "attributes": object_of(either(text(), whole(0, 2**40)))},
     "Patience": {"args": object_of(number()), "attributes": object_of(whole(0, 2**40))},
 }
 STATE_SCHEMA: dict[str, Check] = {
@@ -99,6 +104,8 @@ def check_state(checkpoint: Path) -> None:
     for name, schema in _callback.items():
         if name in callbacks:
             check(callbacks[name], schema, f"{name} in {what}", remedy, ("args", "attributes"))
+    kept = callbacks.get("Resumed", {"attributes": {}})["attributes"]
+    check(kept, {IMAGES: whole(1, 2**40)}, f"Resumed in {what}", remedy)
     control = callbacks["TrainerControl"]["args"]
     switches = {field.name for field in dataclasses.fields(TrainerControl)}
     check(control, {}, f"TrainerControl in {what}", remedy, ["should_evaluate"])
@@ -118,6 +125,19 @@ def shared(collate: Callable[[Any], dict[str, torch.Tensor]], rows: Any) -> dict
         for tensor in batch.values():
             tensor.share_memory_()
     return batch
+
+
+def flags_for(images: int, args: TrainingArguments) -> str:
+    """What to do for so many images per update."""
+    size, accumulation = args.train_batch_size, args.gradient_accumulation_steps
+    of_process, rest = divmod(images, args.world_size)
+    if rest:
+        return f"start another number of processes than {args.world_size}, which cannot share them evenly"
+    if of_process % size == 0:
+        return f"give --gradient_accumulation_steps {of_process // size}"
+    if of_process % accumulation == 0:
+        return f"give --per_device_train_batch_size {of_process // accumulation}"
+    return f"give --per_device_train_batch_size {of_process} --gradient_accumulation_steps 1"
 
 
 class EvaluationStopped(Exception):
@@ -149,30 +169,49 @@ class ResumableTrainer(Seq2SeqTrainer):
 
         Raises:
             KeyboardInterrupt: SIGINT or SIGTERM came; after the first there is a checkpoint of the update it came in.
-            InputError: the loss was not finite, the checkpoint is of a run with other data or other trained parts, or
-                processes do not begin alike.
+            InputError: the loss was not finite, the checkpoint is of a run with other data, other trained parts or
+                other settings of its updates, or processes do not begin alike.
         """
         if checkpoint := kwargs.get("resume_from_checkpoint"):
             check_state(Path(checkpoint))
-            self._refuse_another_run(Path(checkpoint))
         self._refuse_other_beginnings(checkpoint and Path(checkpoint))
+        if checkpoint:
+            self._refuse_another_run(Path(checkpoint))
         with self.stop:
-            trained = super().train(*args, **kwargs)
+            try:
+                trained = super().train(*args, **kwargs)
+            except EvaluationStopped:  # one before the first update
+                raise KeyboardInterrupt from None
             if self.stop_asked():
                 raise KeyboardInterrupt
         return trained
 
+    def optimiser_flags(self) -> dict[str, str]:
+        """Flags of the optimiser with their values: it goes on with those of the checkpoint, whatever is given."""
+        names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+        own = {f"--{name}": str(getattr(self.args, name)) for name in names}
+        return {"--optim": OptimizerNames(self.args.optim).value, **own}
+
     def _refuse_another_run(self, checkpoint: Path) -> None:
         saved = kept_of_run(checkpoint)
+        begun = f"'{checkpoint}' is of a run with"
+        anew = f"start a new one from it with --model_path '{checkpoint}' and another --output_dir"
         for name, now in self.resumed.recipe.items():
             before = saved.get(name, now)
             if before != now:
                 of = {"data": "other data", "base": "another decoder under its adapters"}
                 what = of.get(name) or f"other parts being trained ({before}, now {now})"
-                raise InputError(
-                    f"'{checkpoint}' is of a run with {what}, and a run goes on as it began; start a new one from it "
-                    f"with --model_path '{checkpoint}' and another --output_dir"
-                )
+                raise InputError(f"{begun} {what}, and a run goes on as it began; {anew}")
+        changed = {flag: now for flag, now in self.optimiser_flags().items() if saved.get(flag, now) != now}
+        if changed:
+            before, now = (" ".join(f"{flag} {of[flag]}" for flag in changed) for of in (saved, changed))
+            raise InputError(f"{begun} {before}, not {now}, and a run goes on as it began; give {before}, or {anew}")
+        images = images_per_update(self.args)
+        if saved.get(IMAGES, images) != images:
+            raise InputError(
+                f"{begun} {saved[IMAGES]} images per update, not {images}, and a run goes on as it began; "
+                f"{flags_for(saved[IMAGES], self.args)}, or {anew}"
+            )
 
     def _refuse_other_beginnings(self, checkpoint: Path | None) -> None:
         """Machines may see other folders under the same names."""
@@ -202,6 +241,12 @@ class ResumableTrainer(Seq2SeqTrainer):
         if self._hosts is not None:
             torch.distributed.all_reduce(asked, torch.distributed.ReduceOp.MAX, self._hosts)
         return bool(asked)
+
+    def _evaluate(self, trial, ignore_keys_for_eval, skip_scheduler=False):
+        # Only --eval_on_start skips it. A run that goes on is not at its start: patience would count this one again.
+        if skip_scheduler and self.state.global_step:
+            return {}
+        return super()._evaluate(trial, ignore_keys_for_eval, skip_scheduler)
 
     def evaluation_loop(self, *args, **kwargs):
         with explained(self.args, evaluating=True):
@@ -337,7 +382,7 @@ def _unfit(checkpoint: Any, part: str) -> str:
 class Resumed(TrainerCallback, ExportableState):
     """What a checkpoint knows and the Trainer leaves there: an evaluation that is due, and how far patience went.
 
-    It also keeps there what a run cannot change on its way: its data, and the parts that it trains.
+    It also keeps there what a run cannot change on its way: its data, the parts that it trains, and what an update is.
     """
 
     def __init__(self, trainer: ResumableTrainer):
@@ -365,19 +410,21 @@ class Resumed(TrainerCallback, ExportableState):
         return {**recipe, "parts": " and ".join(sorted(parts))}
 
     def state(self) -> dict:
-        return {"args": {}, "attributes": {**self.recipe, "precision": precision.name_of(self.trainer.args)}}
+        trainer = self.trainer
+        kept = {**self.recipe, "precision": precision.name_of(trainer.args), IMAGES: images_per_update(trainer.args)}
+        return {"args": {}, "attributes": {**kept, **trainer.optimiser_flags()}}
 
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, saved = self.trainer, state.stateful_callbacks
         for callback in trainer.callback_handler.callbacks:
             if isinstance(callback, EarlyStoppingCallback) and type(callback).__name__ in saved:
-                waited = saved[type(callback).__name__]["attributes"]["early_stopping_patience_counter"]
+                waited = saved[type(callback).__name__]["attributes"].get("early_stopping_patience_counter", 0)
                 callback.early_stopping_patience_counter = waited
                 control.should_training_stop |= waited >= callback.early_stopping_patience
+        for callback in trainer.callback_handler.callbacks:  # the Trainer looks for each when it saves
+            if isinstance(callback, ExportableState):
+                saved.setdefault(type(callback).__name__, {})
         if saved["TrainerControl"]["args"]["should_evaluate"]:
-            try:
-                metrics = trainer._evaluate(None, None)
-            except EvaluationStopped:
-                raise KeyboardInterrupt from None
+            metrics = trainer._evaluate(None, None)
             if trainer._determine_best_metric(metrics, None) and state.best_global_step == state.global_step:
                 state.best_model_checkpoint = str(Path(args.output_dir, f"checkpoint-{state.global_step}"))

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 import torch
 from transformers import DynamicCache, EncoderDecoderCache, VisionEncoderDecoderModel
 
+from captioning.model.caption import ids_of_end, length_to_end
 from captioning.model.captioner import Bundle
 from captioning.model.generate import decode
 from captioning.model.packing import decoder_mask
@@ -73,7 +74,8 @@ class SelfCritical:
         grouped = sample_captions(bundle.model, features, self.samples, self.max_new_tokens)
         captions = [caption for of_image in grouped for caption in of_image]
         ids = [image_id for image_id in image_ids for _ in range(self.samples)]
-        ended = [caption[-1] == bundle.tokenizer.eos_token_id for caption in captions]
+        ends = ids_of_end(bundle.model.generation_config.eos_token_id)
+        ended = [caption[-1] in ends for caption in captions]
         rewards = torch.tensor(self.reward(ids, decode(bundle.tokenizer, captions), ended)).view(-1, self.samples)
         others = (rewards.sum(1, keepdim=True) - rewards) / (self.samples - 1)
         advantages = (rewards - others).flatten().tolist()
@@ -131,12 +133,13 @@ def sample_captions(
     Returns:
         Token ids, for each image `count` captions; each ends with its end token if it came to an end.
     """
-    decoder, eos = model.decoder, model.generation_config.eos_token_id
+    decoder, ends = model.decoder, ids_of_end(model.generation_config.eos_token_id)
     if hasattr(model, "enc_to_dec_proj"):
         features = model.enc_to_dec_proj(features)
     past = EncoderDecoderCache(DynamicCache(config=decoder.config), DynamicCache(config=decoder.config))
     tokens = features.new_full((len(features), count), model.config.decoder_start_token_id, dtype=torch.long)
     drawn, ended = [], torch.zeros_like(tokens, dtype=torch.bool)
+    of_end = torch.tensor(ends, dtype=torch.long, device=features.device)
     segments = torch.arange(count, device=features.device)[None].expand(len(features), -1)
     for step in range(max_new_tokens):
         # The cache holds the captions' tokens in turn, as the mask's columns do.
@@ -151,8 +154,8 @@ def sample_captions(
         ).logits
         tokens = draw(logits.float().softmax(-1))
         drawn.append(tokens)
-        ended |= tokens == eos
+        ended |= torch.isin(tokens, of_end)
         if ended.all():
             break
     captions = torch.stack(drawn, -1).tolist()
-    return [[row[: row.index(eos) + 1] if eos in row else row for row in of_image] for of_image in captions]
+    return [[row[: length_to_end(row, ends)] for row in of_image] for of_image in captions]

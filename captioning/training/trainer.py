@@ -7,6 +7,7 @@ the likelihood in `captioning.training.self_critical`; how captions share a row 
 from __future__ import annotations
 
 import contextlib
+import functools
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -284,6 +285,11 @@ class CaptionTrainer(ResumableTrainer):
             group["lr"] = group["initial_lr"] * factor(0)
         return scheduler
 
+    def optimiser_flags(self) -> dict[str, str]:
+        trained = {part_of(name) for name, weight in self.bundle.model.named_parameters() if weight.requires_grad}
+        rates = {f"--{part}_lr": str(self.learning_rates[part]) for part in PARTS if part in trained}
+        return {**rates, **super().optimiser_flags()}
+
     def self_critical_begin(self) -> int:
         """The first update that learns from sampled captions; the number of all updates where none does."""
         return self._length().total - self._self_critical_updates()
@@ -292,7 +298,7 @@ class CaptionTrainer(ResumableTrainer):
         return self._length().updates(self.self_critical.epochs) if self.self_critical else 0
 
     def _length(self) -> Length:
-        return length(self.args, self.training_images, self._train_batch_size)
+        return length(self.args, self.training_images)
 
     # ---- checkpoints
 
@@ -310,9 +316,12 @@ class CaptionTrainer(ResumableTrainer):
         super()._save(output_dir, state_dict or lora.merged(self.bundle.model))
         if not self.args.should_save:  # the Trainer calls this in every process: two would write one file at once
             return
-        lora.save(self.bundle.model, Path(output_dir or self.args.output_dir))
-        save_tokenizer(self.bundle.tokenizer, output_dir or self.args.output_dir)
-        self.bundle.image_processor.save_pretrained(output_dir or self.args.output_dir)
+        folder = Path(output_dir or self.args.output_dir)
+        lora.save(self.bundle.model, folder)
+        save_tokenizer(self.bundle.tokenizer, folder)
+        self.bundle.image_processor.save_pretrained(folder)
+        for weights in folder.glob("*.safetensors"):
+            weights.chmod((folder / "config.json").stat().st_mode)  # they are their owner's alone, the others not
 
     def hyperparameter_search(self, *args, **kwargs):
         """Refused: the Trainer builds a new model for each trial, and knows nothing of the rates and parts of this one.
@@ -332,7 +341,7 @@ class CaptionTrainer(ResumableTrainer):
     # ---- evaluation
 
     def losses_of(self, dataset) -> tuple[dict[int, float], dict[int, float]]:
-        """The cross-entropy of each image's references in nats, and their tokens; no captions are generated."""
+        """The cross-entropy of each image's references in nats, and their tokens, in float32; no captions are made."""
         self._only_loss = True
         try:
             self.predict(dataset)
@@ -360,6 +369,8 @@ class CaptionTrainer(ResumableTrainer):
         self.check_stop()
         batch = self._prepare_inputs(inputs)
         image_id, image_of_row = batch["image_id"], batch["image_of_row"]
+        if self._only_loss:  # past the autocast that accelerate put into the model's `forward`
+            model = functools.partial(type(self.bundle.model).forward, self.bundle.model)
         with torch.no_grad(), self.compute_loss_context_manager():
             out = self.forward(model, batch)
             losses = functional.cross_entropy(out.logits.float(), out.labels, reduction="none")
