@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import os
+import shlex
 import shutil
 import statistics
 from collections import Counter
@@ -178,7 +179,7 @@ def main(argv: list[str] | None = None) -> int:
     with folder.replaced(args.save_path) as work:
         summary = prepare(args, work)
     print(summary)
-    cli.note(f"written to {args.save_path}; next: python train.py --data_path {args.save_path}")
+    cli.note(f"written to {args.save_path}; next: python train.py --data_path {shlex.quote(str(args.save_path))}")
     return 0
 
 
@@ -345,7 +346,8 @@ def summarise(
     )
     advice = "; --convert_rgb keeps images of other modes" if "mode " in reasons else ""
     lines.append(f"dropped: {reasons or 'nothing'}{advice}")
-    size = sum(file.stat().st_size for file in work.rglob("*") if file.is_file())
+    files = [file for file in work.rglob("*") if file.is_file() and work / "sample" not in file.parents]
+    size = sum(file.stat().st_size for file in files)
     lines.append(f"size: {size / 1e6:,.1f} MB, {size / 1e3 / total:,.1f} kB per image")
     first = splits["train"].select([0])
     lines.append(f"example: {cli.printable(first.file_name[0])}")

@@ -258,7 +258,8 @@ def test_beside_a_prepared_folder_no_link_is_followed(name, mine, tmp_path):
 
 def test_hidden_links_of_a_folder_that_is_replaced_stay_links(mine, tmp_path):
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "dataset.json").write_text("{}")
+    for name in ("dataset.json", "dataset_dict.json"):
+        (tmp_path / "out" / name).write_text("{}")
     plant(tmp_path / "out" / ".notes", mine / "file")
     with folder.replaced(tmp_path / "out") as work:
         (work / "dataset.json").write_text("{}")
