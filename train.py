@@ -140,7 +140,7 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
     file = args.output_dir / "config.yaml"
     told = config.dump(args, training, arguments.trainer_defaults(), file)
     if checkpoint and file.exists():
-        if changed := config.differences(file.read_text(encoding="utf-8"), told):
+        if changed := config.differences(file.read_text(encoding="utf-8", errors="replace"), told):
             say(f"goes on otherwise than it began: {', '.join(changed)}")
     elif trainer.is_world_process_zero():
         write_whole(file, told)
@@ -157,8 +157,6 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
     # Scores of the weights that are kept, as inference.py computes them. The test split is seen here, once.
     best = training.load_best_model_at_end and trainer.state.best_model_checkpoint
     kept = trainer.state.best_global_step if best else None
-    for dataset in datasets.values():
-        dataset.features = ()  # of float16, and in the precision of the training
     with notes.phase("scoring"):
         losses = {name: trainer.losses_of(datasets[name]) for name in ("validation", "test")}
 

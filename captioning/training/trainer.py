@@ -341,7 +341,10 @@ class CaptionTrainer(ResumableTrainer):
     # ---- evaluation
 
     def losses_of(self, dataset) -> tuple[dict[int, float], dict[int, float]]:
-        """The cross-entropy of each image's references in nats, and their tokens, in float32; no captions are made."""
+        """The cross-entropy of each image's references in nats, and their tokens; no captions are generated.
+
+        In float32, whatever the training computes in; of kept features it takes those that are kept.
+        """
         self._only_loss = True
         try:
             self.predict(dataset)
