@@ -97,9 +97,6 @@ class Captioner:
         settings = self.bundle.decoding if self.exported else self.bundle.model.generation_config
         # As many as its beams cost nothing, and leave the caption what it is without them.
         self.alternatives = alternatives or settings.num_beams or 1
-        self.positions: int = (
-            self.bundle.positions if self.exported else self.bundle.model.decoder.config.max_position_embeddings
-        )
         self.layers, self.public, self.calibration = layers, public, calibration
         self.turn = threading.Lock()
 
@@ -156,10 +153,11 @@ class Captioner:
         Raises:
             InputError: they are no image that can be captioned, or an option is beyond what the model can do.
         """
-        if (options.max_new_tokens or 0) >= self.positions:
+        bundle = self.bundle
+        positions = bundle.positions if self.exported else bundle.model.decoder.config.max_position_embeddings
+        if (options.max_new_tokens or 0) >= positions:
             raise InputError(
-                f"the option max_new_tokens is {options.max_new_tokens}, too long: the decoder has {self.positions} "
-                "positions"
+                f"the option max_new_tokens is {options.max_new_tokens}, too long: the decoder has {positions} positions"
             )
         began = time.perf_counter()
         image = self._opened(data, name)

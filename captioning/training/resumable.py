@@ -188,7 +188,7 @@ class ResumableTrainer(Seq2SeqTrainer):
 
     def optimiser_flags(self) -> dict[str, str]:
         """Flags of the optimiser with their values: it goes on with those of the checkpoint, whatever is given."""
-        names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon")
+        names = ("weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optim_args")
         own = {f"--{name}": str(getattr(self.args, name)) for name in names}
         return {"--optim": OptimizerNames(self.args.optim).value, **own}
 
