@@ -156,9 +156,8 @@ class Captioner:
         bundle = self.bundle
         positions = bundle.positions if self.exported else bundle.model.decoder.config.max_position_embeddings
         if (options.max_new_tokens or 0) >= positions:
-            raise InputError(
-                f"the option max_new_tokens is {options.max_new_tokens}, too long: the decoder has {positions} positions"
-            )
+            long = f"the option max_new_tokens is {options.max_new_tokens}, too long"
+            raise InputError(f"{long}: the decoder has {positions} positions")
         began = time.perf_counter()
         image = self._opened(data, name)
         read = time.perf_counter()
