@@ -151,7 +151,8 @@ def train(args: arguments.Arguments, training: Seq2SeqTrainingArguments, compute
         say(trainer.throughput.line(seconds, training.world_size, training.device))
     lora.merge(bundle.model)
     if trainer.is_world_process_zero():
-        write_whole(file, told)  # a run that went on may have gone on otherwise
+        if checkpoint:  # the run may have gone on otherwise than it began
+            write_whole(file, told)
         captioner.save(bundle, args.output_dir)  # before any evaluation in half precision rounds the weights
 
     # Scores of the weights that are kept, as inference.py computes them. The test split is seen here, once.

@@ -30,6 +30,7 @@ from captioning import InputError, cli
 from captioning.data import images
 from captioning.data.annotations import NO_NETWORK_HINT, PARTS
 from captioning.data.fetch import Answer, FetchError, fetch, shown
+from captioning.data.packed import ZIP_METHODS
 from captioning.data.records import Record
 from captioning.files import make_folder, remove, remove_leftovers, replacing, write_whole
 
@@ -319,7 +320,7 @@ def _unpack(file: BinaryIO, address: str, cache_dir: Path, wanted: Sequence[str]
             for member in members:
                 if member.file_size > MAX_ANNOTATIONS:
                     raise zipfile.BadZipFile(f"{member.filename} would take {member.file_size:,} bytes")
-                if member.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):  # no limit unpacks others
+                if member.compress_type not in ZIP_METHODS:
                     raise zipfile.BadZipFile(f"{member.filename} is packed in another way than COCO packs it")
                 with (
                     replacing(cache_dir / member.filename) as part,

@@ -19,6 +19,7 @@ import io
 import lzma
 import os
 import tarfile
+import zipfile
 import zlib
 from collections.abc import Iterator
 from typing import Any, cast
@@ -26,6 +27,9 @@ from typing import Any, cast
 from captioning import InputError
 from captioning.data.fetch import MAX_BYTES
 
+# What a zip's members may be packed by. Of bzip2 and LZMA, zipfile unpacks all that it has read at once, without a
+# limit: a few bytes may become gigabytes.
+ZIP_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)
 OPEN: dict[str, Any] = {"gzip": gzip.open, "bzip2": bz2.open, "xz": lzma.open}
 STARTS = {"gzip": b"\x1f\x8b", "bzip2": b"BZh", "xz": b"\xfd7zXZ\x00"}
 # What reading such a file raises where it is damaged or cut short.

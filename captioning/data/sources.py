@@ -268,8 +268,7 @@ def _size_of_list(file: io.BufferedReader) -> int:
 def _read_in_zip(path: str, info: zipfile.ZipInfo, name: str) -> bytes:
     if info.flag_bits & 1:
         raise ImageError(name, "it is encrypted", "unpack the archive with its password")
-    if info.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED):
-        # Of bzip2 and LZMA, zipfile unpacks all that it has read at once: a few bytes may become gigabytes.
+    if info.compress_type not in packed.ZIP_METHODS:
         raise ImageError(name, "it is not packed by deflate, as usual", "unpack the archive, and name the folder")
     try:
         with _zip(path).open(info) as file:

@@ -497,6 +497,12 @@ def names_of(path: str | os.PathLike) -> dict[str, Any]:
     return names
 
 
+def let_others_read(folder: Path) -> None:
+    """Whoever may read the rest of a folder may read its weights, which safetensors writes for their owner alone."""
+    for weights in folder.glob("*.safetensors"):
+        weights.chmod((folder / "config.json").stat().st_mode)
+
+
 def save(bundle: Bundle, path: str | os.PathLike) -> None:
     """Write a bundle so that `VisionEncoderDecoderModel.from_pretrained(path)` and `load(path)` read it.
 
@@ -510,10 +516,9 @@ def save(bundle: Bundle, path: str | os.PathLike) -> None:
         bundle.model.save_pretrained(part, state_dict=_named_as_before(bundle.model))
         save_tokenizer(bundle.tokenizer, part)
         bundle.image_processor.save_pretrained(part)
-        as_others = (part / "config.json").stat().st_mode  # safetensors' files are their owner's alone
+        let_others_read(part)
         for file in part.iterdir():
             check_target(Path(path, file.name))
-            file.chmod(as_others)
             file.replace(Path(path, file.name))
     finally:
         remove(part)

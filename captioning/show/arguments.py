@@ -284,9 +284,6 @@ class Arguments:
             raise InputError("--calibrate needs the folder of a run, --model_path, and writes into it")
         if self.explain_layers and not (self.explain or self.serve):
             raise InputError("--explain_layers needs --explain or --serve")
-        for name in ("image_path", "data_path", "output", "json", "explain"):
-            if self.serve and getattr(self, name):
-                raise InputError(f"--{name} has no use with --serve")
         for name, default in (("port", 7860), ("host", "127.0.0.1"), ("token", None), ("in_browser", False)):
             if not self.serve and getattr(self, name) != default:
                 raise InputError(f"--{name} needs --serve")
@@ -348,9 +345,8 @@ class Arguments:
             raise InputError(
                 "--explain shows where one model looked, and --ensemble has several; leave one of them out"
             )
-        for flag_name in ("serve", "export", "predictions", "compare", "calibrate"):
-            if self.ensemble and getattr(self, flag_name):
-                raise InputError(f"--ensemble has no use with --{flag_name}")
+        if self.ensemble and self.calibrate:
+            raise InputError("--ensemble has no use with --calibrate")
 
     def _check_store(self) -> None:
         if self.store_weight is not None and not self.store:
@@ -359,7 +355,7 @@ class Arguments:
             raise InputError(f"--store_weight {self.store_weight:g} is not between 0 and 1000")
         if not self.store:
             return
-        for flag_name in ("ensemble", "explain", "serve", "export", "predictions", "compare", "calibrate"):
+        for flag_name in ("ensemble", "explain", "calibrate"):
             if getattr(self, flag_name):
                 raise InputError(f"--store has no use with --{flag_name}; leave one of them out")
         if self.wishes is not None:
@@ -378,8 +374,6 @@ class Arguments:
     def _check_wishes(self) -> None:
         if self.wishes is None:
             return
-        if self.predictions:
-            raise InputError(f"--{next(iter(self.wishes.settings()))} has no use with --predictions: they are written")
         if self.calibrate:
             name = next(iter(self.wishes.settings()))
             raise InputError(
@@ -418,9 +412,6 @@ class Arguments:
     def _check_export(self) -> None:
         if not self.output:
             raise InputError("--export needs --output, the folder to write, such as exported")
-        for name in ("image_path", "data_path", "json", "explain", "serve", "int8", "compare", "predictions"):
-            if getattr(self, name):
-                raise InputError(f"--{name} has no use with --export")
 
     @property
     def exported(self) -> bool:

@@ -105,8 +105,7 @@ def is_ours(file: Path) -> bool:
 
 
 def _name(word: str) -> str:
-    name = word.removeprefix("--").partition("=")[0].replace("-", "_")
-    return name.removeprefix("no_")
+    return _normal(word.partition("=")[0]).removeprefix("no_")
 
 
 def _options(*names: Collection[str]) -> list[str]:

@@ -417,13 +417,13 @@ class Resumed(TrainerCallback, ExportableState):
     def on_train_begin(self, args, state, control, **kwargs):
         trainer, saved = self.trainer, state.stateful_callbacks
         for callback in trainer.callback_handler.callbacks:
-            if isinstance(callback, EarlyStoppingCallback) and type(callback).__name__ in saved:
-                waited = saved[type(callback).__name__]["attributes"].get("early_stopping_patience_counter", 0)
+            name = type(callback).__name__
+            if isinstance(callback, EarlyStoppingCallback) and name in saved:
+                waited = saved[name]["attributes"].get("early_stopping_patience_counter", 0)
                 callback.early_stopping_patience_counter = waited
                 control.should_training_stop |= waited >= callback.early_stopping_patience
-        for callback in trainer.callback_handler.callbacks:  # the Trainer looks for each when it saves
             if isinstance(callback, ExportableState):
-                saved.setdefault(type(callback).__name__, {})
+                saved.setdefault(name, {})  # the Trainer looks for each when it saves
         if saved["TrainerControl"]["args"]["should_evaluate"]:
             metrics = trainer._evaluate(None, None)
             if trainer._determine_best_metric(metrics, None) and state.best_global_step == state.global_step:

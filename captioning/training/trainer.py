@@ -22,7 +22,7 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from captioning import InputError
 from captioning.model import lora
-from captioning.model.captioner import PARTS, Bundle, part_of
+from captioning.model.captioner import PARTS, Bundle, let_others_read, part_of
 from captioning.model.generate import decode, generate_tokens
 from captioning.model.packing import IGNORED, LabelledProjection, decoder_mask
 from captioning.model.parts import save_tokenizer
@@ -320,8 +320,7 @@ class CaptionTrainer(ResumableTrainer):
         lora.save(self.bundle.model, folder)
         save_tokenizer(self.bundle.tokenizer, folder)
         self.bundle.image_processor.save_pretrained(folder)
-        for weights in folder.glob("*.safetensors"):
-            weights.chmod((folder / "config.json").stat().st_mode)  # they are their owner's alone, the others not
+        let_others_read(folder)
 
     def hyperparameter_search(self, *args, **kwargs):
         """Refused: the Trainer builds a new model for each trial, and knows nothing of the rates and parts of this one.
